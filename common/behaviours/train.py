@@ -1,0 +1,80 @@
+"""Train the behaviour policies of the built-in datasets: SAC with a small actor, kept at many moments.
+
+    pip install -r requirements-dev.txt
+    python -m common.behaviours.train --task hopper --steps 400000 --out snapshots/hopper
+
+stable-baselines3's SAC (Haarnoja et al., 2018, https://arxiv.org/abs/1801.01290) trains one policy over all joints.
+Every `--snapshot-every` steps the actor is written to `OUT/{step}.npz`; `python -m common.behaviours.select` then
+chooses the snapshots that ship. The arrays: `w0 b0 w1 b1` hidden layers, `w_mean b_mean` and `w_log_std b_log_std`
+heads, weights as `(in, out)`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+from common.envs.mujoco import make_single
+
+
+@dataclass
+class Args:
+    task: str = "halfcheetah"
+    """halfcheetah, walker2d or hopper"""
+    seed: int = 1
+    """seed of the environment, the networks and the exploration"""
+    steps: int = 400_000
+    """environment steps, one update each"""
+    snapshot_every: int = 2_500
+    """environment steps between two snapshots of the actor"""
+    batch_size: int = 128
+    """transitions per SAC update"""
+    out: str = "snapshots/halfcheetah"
+    """folder for the snapshots"""
+
+
+def actor_arrays(actor: torch.nn.Module) -> dict[str, np.ndarray]:
+    """stable-baselines3's SAC actor as float32 arrays, weights (in, out)."""
+    layers = {"0": actor.latent_pi[0], "1": actor.latent_pi[2], "_mean": actor.mu, "_log_std": actor.log_std}
+    arrays = {}
+    for name, layer in layers.items():
+        arrays["w" + name] = layer.weight.detach().cpu().numpy().T.copy()
+        arrays["b" + name] = layer.bias.detach().cpu().numpy().copy()
+    return arrays
+
+
+def main(args: Args) -> None:
+    from stable_baselines3 import SAC
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.monitor import Monitor
+
+    torch.set_num_threads(1)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+
+    class Snapshots(BaseCallback):
+        def _on_training_start(self) -> None:
+            self._on_step()
+
+        def _on_step(self) -> bool:
+            if self.num_timesteps % args.snapshot_every == 0:
+                np.savez(out / f"{self.num_timesteps:07d}.npz", **actor_arrays(self.model.actor))
+            return True
+
+    model = SAC(
+        "MlpPolicy",
+        Monitor(make_single(args.task)),
+        batch_size=args.batch_size,
+        learning_starts=5_000,
+        policy_kwargs={"net_arch": {"pi": [64, 64], "qf": [256, 256]}},
+        seed=args.seed,
+        device="cpu",
+        verbose=1,
+    )
+    model.learn(args.steps, callback=Snapshots(), log_interval=20)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,510 @@
+"""A name or a file -> one team dataset, and its decentralised split.
+
+    python -m common.datasets check FILE.hdf5 --env halfcheetah
+
+replays a file's `infos/qpos, infos/qvel` through the simulator and says how well the two agree.
+
+D4RL's layout is one HDF5 file: `observations`, `actions` (all agents' side by side), `rewards`, `terminals`,
+`timeouts` and, best, `next_observations`; a row is a transition, episodes follow one another.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, replace
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from common import InputError, nearest
+from common.envs import TASKS, make_vec
+
+# Rows of the built-in data, as many as D4RL v2 has
+BUILT_IN_SIZES = {
+    task: {"random": 1_000_000, "medium": 1_000_000, "medium-replay": replay}
+    for task, replay in {"halfcheetah": 202_000, "walker2d": 302_000, "hopper": 402_000}.items()
+}
+QUALITIES = ("random", "medium", "medium-replay", "expert", "medium-expert", "full-replay")
+D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
+KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
+
+
+@dataclass
+class TeamDataset:
+    """n transitions of a team; the second dimension of obs is 1 where all agents see the same, else N."""
+
+    obs: np.ndarray
+    """(n, 1 or N, obs_dim) float32"""
+    actions: np.ndarray
+    """(n, N, action_dim) float32"""
+    rewards: np.ndarray
+    """(n,) float32, the team's"""
+    next_obs: np.ndarray
+    """(n, 1 or N, obs_dim) float32"""
+    terminations: np.ndarray
+    """(n,) bool: next_obs is worth nothing"""
+    truncations: np.ndarray
+    """(n,) bool: the rows of an episode end here for another reason (time limit, end or cut of the data)"""
+    source: str
+    """which data this is, in one line"""
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+    def agent(self, i: int) -> dict[str, np.ndarray]:
+        """Agent i's own dataset: obs and next_obs (n, obs_dim), its actions (n, action_dim) and no other's,
+        rewards, terminations and truncations (n,)."""
+        seen = i if self.obs.shape[1] > 1 else 0
+        return {
+            "obs": self.obs[:, seen],
+            "actions": np.ascontiguousarray(self.actions[:, i]),
+            "rewards": self.rewards,
+            "next_obs": self.next_obs[:, seen],
+            "terminations": self.terminations,
+            "truncations": self.truncations,
+        }
+
+
+# --- Names ---
+
+
+def parse_env(env: str) -> tuple[str, str]:
+    """ "halfcheetah-medium" -> ("halfcheetah", "medium"); without a quality, or for `package.module:factory`, it is "".
+
+    Raises InputError for an unknown task or quality.
+    """
+    if ":" in env:
+        return env, ""
+    task, dash, quality = env.partition("-")
+    if task not in TASKS:
+        raise InputError(f"unknown task {task!r} in --env {env}: {nearest(task, TASKS)}")
+    if dash and quality not in QUALITIES:
+        hint = nearest(quality, QUALITIES)
+        raise InputError(f"unknown data quality {quality!r} in --env {env}: {hint}")
+    return task, quality
+
+
+def cache_dir() -> Path:
+    """Where the built-in data is kept: $OTC_CACHE_DIR or ~/.cache/otc."""
+    return Path(os.environ.get("OTC_CACHE_DIR") or "~/.cache/otc").expanduser()
+
+
+def load(
+    env: str, dataset: str = "built-in", size: int | None = None, split: str | None = None
+) -> TeamDataset:
+    """The data of `env`, "task-quality" or "package.module:factory" (then `dataset` must be a file).
+
+    `dataset` is built-in, d4rl, minari, a Minari id or a file in D4RL's layout. Built-in data is made once and
+    d4rl and minari fetched once. `size` is the number of transitions: built-in data is made at that size; of
+    other data whole episodes are taken, spread evenly over the file, the last one cut.
+    Raises InputError for whatever is wrong with the names, the size or the data.
+    """
+    task, quality = parse_env(env)
+    if size is not None and size < 1:
+        raise InputError(f"--dataset-size {size}: expected at least 1")
+    is_minari_id = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", dataset) is not None
+    is_file = dataset.endswith((".hdf5", ".h5")) or (Path(dataset).exists() and not is_minari_id)
+    named = dataset in ("built-in", "d4rl", "minari")
+    if not (named or is_minari_id or is_file):
+        hint = nearest(dataset, ["built-in", "d4rl", "minari"])
+        raise InputError(f"unknown --dataset {dataset!r}: {hint} (or FILE.hdf5, or a Minari id)")
+    if ":" in env and not is_file:
+        raise InputError(f"--dataset {dataset}: --env {env} has no data, expected FILE.hdf5")
+    if named and not quality:
+        examples = ", ".join(f"{task}-{q}" for q in QUALITIES[:3])
+        raise InputError(f"--env {env} names no data quality, expected for example {examples}")
+    vec = make_vec(task, 1, 0, split)
+    vec.close()
+
+    if dataset == "built-in":
+        path = _built_in(task, quality, size)
+        data, name = _read_hdf5(path), f"built-in {env} (made on this machine, not D4RL)"
+    elif dataset == "d4rl":
+        path = _d4rl(task, quality)
+        data, name = _read_hdf5(path), f"D4RL {path.stem}"
+    elif is_file:
+        path = Path(dataset)
+        data, name = _read_hdf5(path), "file"
+    else:
+        path = f"mujoco/{task}/{quality}-v0" if dataset == "minari" else dataset
+        data, name = _read_minari(path), "Minari"
+    team = _team(data, task, vec, str(path))
+    total = len(team)
+    if size is not None and size != total:
+        if size > total:
+            raise InputError(f"--dataset-size {size}: {path} has only {total} transitions")
+        team = _thin(team, size)
+    count = f"{len(team):,} transitions" + (f" of {total:,}" if len(team) < total else "")
+    return replace(team, source=f"{name}: {count}, {path}")
+
+
+# --- One team dataset out of raw arrays ---
+
+
+def _team(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> TeamDataset:
+    """Checks arrays named as in D4RL and lays them out for the team; takes the arrays out of `data`."""
+    lengths = {key: len(data[key]) for key in data}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{key} {n}" for key, n in lengths.items())
+        raise InputError(f"{where}: the keys differ in length: {listed}")
+    n = lengths["rewards"]
+    if n == 0:
+        raise InputError(f"{where}: no transitions in it")
+    if task == "ant":
+        # D4RL's 84 contact forces are all zero, v5's 78 are not part of the task
+        for key in ("observations", "next_observations"):
+            if key in data and data[key].size // n in (111, 105):
+                data[key] = np.ascontiguousarray(data[key].reshape(n, -1)[:, :27])
+
+    num_agents, obs_dim, action_dim = vec.num_agents, vec.obs_dim, vec.action_dim
+    widths = {
+        "observations": (obs_dim, num_agents * obs_dim),
+        "next_observations": (data["observations"].size // n,),
+        "actions": (num_agents * action_dim,),
+        "rewards": (1,),
+        "terminals": (1,),
+        "timeouts": (1,),
+    }
+    for key in data:
+        width = data[key].size // n
+        if width not in widths[key]:
+            expected = " or ".join(str(w) for w in dict.fromkeys(widths[key]))
+            raise InputError(f"{where}: {key} has width {width}, expected {expected} for {task}")
+        if key not in ("terminals", "timeouts") and not np.isfinite(data[key]).all():
+            row = np.flatnonzero(~np.isfinite(data[key].reshape(n, -1)).all(axis=1))[0]
+            raise InputError(f"{where}: {key} has a non-finite value in row {row}")
+
+    actions = data.pop("actions").reshape(n, num_agents, action_dim)
+    excess = np.maximum(vec.action_low - actions.min(axis=0), actions.max(axis=0) - vec.action_high)
+    if excess.max() > 1e-5:
+        raise InputError(
+            f"{where}: actions leave the box of {task}, "
+            f"{vec.action_low.min():g} to {vec.action_high.max():g}, by up to {excess.max():.3g}"
+        )
+    np.clip(actions, vec.action_low, vec.action_high, out=actions)
+
+    obs = data.pop("observations").reshape(n, -1, obs_dim)
+    rewards = data.pop("rewards").reshape(n)
+    terminations = data.pop("terminals").reshape(n)
+    truncations = data.pop("timeouts").reshape(n) & ~terminations
+    if "next_observations" in data:
+        next_obs = data.pop("next_observations").reshape(obs.shape)
+    else:
+        next_obs = np.concatenate([obs[1:], obs[-1:]])
+        next_obs[terminations] = obs[terminations]
+        unknown = _next_unknown(terminations, truncations)
+        truncations = (
+            np.append(unknown[1:], False) & ~terminations
+        )  # the row before ends the episode
+        keep = ~unknown
+        if not keep.any():
+            raise InputError(f"{where}: no row's next state is known (no next_observations)")
+        obs, actions, rewards, next_obs = obs[keep], actions[keep], rewards[keep], next_obs[keep]
+        terminations, truncations = terminations[keep], truncations[keep]
+    truncations[-1] = not terminations[-1]
+    return TeamDataset(obs, actions, rewards, next_obs, terminations, truncations, where)
+
+
+def _next_unknown(terminals: np.ndarray, timeouts: np.ndarray) -> np.ndarray:
+    """(n,) bool: the rows that are of no use in a file without next_observations. The next row's obs is the next
+    state, but not after a timeout or at the end of the file; after a terminal row it does not matter."""
+    unknown = timeouts & ~terminals
+    unknown[-1] = not terminals[-1]
+    return unknown
+
+
+def _thin(team: TeamDataset, size: int) -> TeamDataset:
+    """`size` rows: an episode is taken whenever less than its share of all rows up to its end has been taken, so that
+    the episodes are spread evenly over the data; the last one is cut, as a truncation."""
+    ends = np.flatnonzero(team.terminations | team.truncations) + 1
+    rows, taken, start = [], 0, 0
+    for end in ends.tolist():
+        if taken * len(team) < size * end:
+            rows.append(np.arange(start, min(end, start + size - taken)))
+            taken += len(rows[-1])
+        start = end
+    rows = np.concatenate(rows)
+    arrays = {key: value[rows] for key, value in vars(team).items() if key != "source"}
+    arrays["truncations"][-1] = not arrays["terminations"][-1]
+    return TeamDataset(**arrays, source=team.source)
+
+
+# --- Where raw arrays come from ---
+
+
+def _open(path: Path) -> h5py.File:
+    if not path.is_file():
+        raise InputError(f"no such file: {path}")
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise InputError(
+            f"{path} is not a readable HDF5 file (damaged, cut short?): {error}"
+        ) from error
+
+
+def _read_hdf5(path: Path) -> dict[str, np.ndarray]:
+    """The KEYS of a file, and next_observations if it has them: float32, flags bool, converted while reading."""
+    data = {}
+    with _open(path) as file:
+        missing = [key for key in KEYS if not isinstance(file.get(key), h5py.Dataset)]
+        if missing:
+            raise InputError(
+                f"{path} is not in D4RL's layout: no {', '.join(missing)}; it has {', '.join(file) or 'nothing'}"
+            )
+        for key in (*KEYS, "next_observations"):
+            if key not in file:
+                continue
+            dataset = file[key]
+            is_array = isinstance(dataset, h5py.Dataset) and dataset.shape
+            if not is_array or dataset.dtype.kind not in "fiub":
+                raise InputError(f"{path}: {key} is not an array of numbers")
+            try:
+                if key in ("terminals", "timeouts"):
+                    flags = dataset[...]
+                    if not ((flags == 0) | (flags == 1)).all():
+                        raise InputError(f"{path}: {key} has values other than 0 and 1")
+                    data[key] = flags.astype(bool)
+                else:
+                    data[key] = np.empty(dataset.shape, dtype=np.float32)
+                    if dataset.size:
+                        dataset.read_direct(data[key])
+            except OSError as error:
+                raise InputError(f"{path} cannot be read (damaged?): {error}") from error
+    return data
+
+
+def _built_in(task: str, quality: str, size: int | None) -> Path:
+    """The built-in file, made first where it is not there yet."""
+    if quality not in BUILT_IN_SIZES.get(task, {}):
+        names = [f"{t}-{q}" for t, qualities in BUILT_IN_SIZES.items() for q in qualities]
+        hint = nearest(f"{task}-{quality}", names)
+        raise InputError(f"no built-in data for {task}-{quality}: {hint} (--dataset d4rl has more)")
+    full = BUILT_IN_SIZES[task][quality]
+    size = size or full
+    if size > full:
+        raise InputError(f"--dataset-size {size}: expected at most {full} for {task}-{quality}")
+    path = cache_dir() / f"{task}-{quality}-{size}.hdf5"
+    if not path.exists():
+        from common.behaviours.rollout import make
+
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"cannot write to {path.parent} ({error}); set OTC_CACHE_DIR"
+            ) from error
+        make(task, quality, size, path)
+    return path
+
+
+def _d4rl(task: str, quality: str) -> Path:
+    """D4RL's v2 file in $D4RL_DATASET_DIR or ~/.d4rl/datasets, downloaded first where it is not there yet."""
+    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    path = folder / f"{task}_{quality.replace('-', '_')}-v2.hdf5"
+    if not path.exists():
+        _download(D4RL_URL + path.name, path)
+    return path
+
+
+def _download(url: str, path: Path) -> None:
+    """`url` -> `path` by way of `path.partial`, which the next call continues if this one is cut off."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        start = partial.stat().st_size if partial.exists() else 0
+        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+        try:
+            response = urllib.request.urlopen(request, timeout=60)
+        except urllib.error.HTTPError as error:
+            if error.code != 416:  # nothing after `start`: what is there cannot be trusted
+                raise
+            start = 0
+            response = urllib.request.urlopen(url, timeout=60)
+        with response:
+            resumed = response.status == 206
+            done = start if resumed else 0
+            length = response.headers["Content-Length"]
+            total = None if length is None else done + int(length)
+            print(f"{'resuming' if resumed else 'downloading'} {url}", file=sys.stderr)
+            with open(partial, "ab" if resumed else "wb") as file:
+                shown = 0.0
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                    done += len(chunk)
+                    if time.monotonic() - shown > (0.2 if sys.stderr.isatty() else 10):
+                        shown = time.monotonic()
+                        _show_progress(done, total)
+        _show_progress(done, total)
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+        if total is not None and done != total:
+            raise ConnectionError(f"cut off after {done} of {total} bytes, run again to continue")
+    except (OSError, HTTPException) as error:
+        raise InputError(
+            f"cannot download {url}: {error}; or put the file by hand at {path}"
+        ) from error
+    try:
+        h5py.File(partial, "r").close()
+    except OSError as error:
+        partial.unlink()
+        raise InputError(f"{url} sent no HDF5 file; put it by hand at {path}") from error
+    with open(partial, "rb") as file:
+        print(f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}  {path}", file=sys.stderr)
+    partial.rename(path)
+
+
+def _show_progress(done: int, total: int | None) -> None:
+    text = f"{done / 2**20:.1f} MiB"
+    if total:
+        bar = "#" * (30 * done // total)
+        text = f"[{bar:30}] {100 * done // total:3d} %  {text} of {total / 2**20:.1f} MiB"
+    print(text, file=sys.stderr, end="\r" if sys.stderr.isatty() else "\n", flush=True)
+
+
+def _read_minari(dataset_id: str) -> dict[str, np.ndarray]:
+    """A Minari dataset, downloaded where it is not there yet; its episodes have one observation more than actions."""
+    try:
+        import minari
+    except ImportError as error:
+        hint = 'pip install "minari[hdf5,hf]"'
+        raise InputError(f"--dataset {dataset_id} needs Minari: {hint}") from error
+    try:
+        try:
+            dataset = minari.load_dataset(dataset_id)
+        except FileNotFoundError:
+            dataset = minari.load_dataset(dataset_id, download=True)
+        parts = {key: [] for key in (*KEYS, "next_observations")}
+        for episode in dataset.iterate_episodes():
+            if not isinstance(episode.observations, np.ndarray):
+                raise InputError(f"Minari {dataset_id}: observations are not plain arrays")
+            obs = episode.observations.astype(np.float32)
+            parts["observations"].append(obs[:-1])
+            parts["next_observations"].append(obs[1:])
+            parts["actions"].append(np.asarray(episode.actions, dtype=np.float32))
+            parts["rewards"].append(np.asarray(episode.rewards, dtype=np.float32))
+            parts["terminals"].append(np.asarray(episode.terminations, dtype=bool))
+            timeouts = np.array(episode.truncations, dtype=bool)
+            timeouts[-1:] = True  # an episode's last row ends it, flagged or not
+            parts["timeouts"].append(timeouts)
+    except InputError:
+        raise
+    except Exception as error:  # Minari and its storages raise many kinds
+        reason = " ".join(str(error).split())
+        raise InputError(f"cannot load Minari {dataset_id}: {reason}") from error
+    if not parts["rewards"]:
+        raise InputError(f"Minari {dataset_id}: no transitions in it")
+    return {key: np.concatenate(parts.pop(key)) for key in list(parts)}
+
+
+# --- python -m common.datasets check FILE ---
+
+
+def check(path: Path, task: str, rows: int = 10_000, seed: int = 0) -> dict[str, np.ndarray]:
+    """Steps the simulator from `rows` rows of a file, chosen by `seed`, and compares what it says with the file.
+
+    Row t's `infos/qpos, infos/qvel` are the state before its action. Returns the largest absolute difference of each
+    row, observations, next_observations (nan: not in the file) and rewards (m,) float64, and terminals (m,) bool.
+    Raises InputError for a file without these keys or of other widths than the task's.
+    """
+    vec = make_vec(task, 1, 0)
+    vec.reset()
+    data = _read_hdf5(path)
+    terminals, timeouts = data["terminals"].reshape(-1), data["timeouts"].reshape(-1)
+    all_known = "next_observations" in data
+    team = _team(data, task, vec, str(path))
+    # the file's row of each of the team's
+    row = np.arange(len(team)) if all_known else np.flatnonzero(~_next_unknown(terminals, timeouts))
+    states = []
+    with _open(path) as file:
+        for key, values in zip(("infos/qpos", "infos/qvel"), vec.qpos_qvel()):
+            shape = (len(terminals), values.shape[1])
+            if key not in file or file[key].shape != shape:
+                found = file[key].shape if key in file else "nothing"
+                raise InputError(
+                    f"{path}: expected {key} of shape {shape} for {task}, found {found}"
+                )
+            states.append(file[key][...])
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(team))[:rows])
+    found = {key: np.empty(len(chosen)) for key in ("observations", "next_observations", "rewards")}
+    for k, t in enumerate(chosen):
+        obs = vec.set_state(0, *(values[row[t]] for values in states))
+        _, rewards, _, _, next_obs = vec.step(team.actions[t][None])
+        found["observations"][k] = np.abs(obs - team.obs[t]).max()
+        found["next_observations"][k] = np.abs(next_obs[0] - team.next_obs[t]).max()
+        found["rewards"][k] = abs(float(rewards[0]) - team.rewards[t])
+    vec.close()
+    found = {key: np.nan_to_num(values, nan=np.inf) for key, values in found.items()}
+    if not all_known:
+        found["next_observations"][team.terminations[chosen]] = np.nan  # not in the file
+    return {**found, "terminals": team.terminations[chosen]}
+
+
+def agreement(found: dict[str, np.ndarray]) -> tuple[str, bool]:
+    """What `check` found as a table, and whether at least 95 % of next states and rewards agree to 1e-4."""
+    ended = found["terminals"]
+    lines = [f"{'absolute difference':28}{'median':>10}{'max':>10}{'within 1e-4':>14}"]
+    agree = True
+    for key, values in (
+        ("observations", found["observations"]),
+        ("next_observations", found["next_observations"]),
+        ("rewards", found["rewards"][~ended]),
+        ("rewards of terminal rows", found["rewards"][ended]),
+    ):
+        values = values[~np.isnan(values)]
+        if not len(values):
+            continue
+        share = (values <= 1e-4).mean()
+        lines.append(f"{key:28}{np.median(values):10.2e}{values.max():10.2e}{100 * share:12.2f} %")
+        agree &= share >= 0.95 or key == "rewards of terminal rows"
+    if ended.any():
+        lines.append(
+            "In terminal rows D4RL v2 still pays the bonus of 1 for being healthy, Gymnasium's v5 does not."
+        )
+    lines.append(f"data and simulator {'agree' if agree else 'DISAGREE'}")
+    return "\n".join(lines), agree
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line -> exit status: 0 agreement, 1 disagreement, 2 bad input."""
+    parser = argparse.ArgumentParser(prog="python -m common.datasets")
+    parser.add_argument("command", choices=["check"], help="replay a file through the simulator")
+    parser.add_argument("file", type=Path, help="HDF5 file with infos/qpos and infos/qvel")
+    parser.add_argument("--env", help="task; by default the one that the file's name starts with")
+    parser.add_argument("--rows", type=int, default=10_000, help="how many rows to replay")
+    parser.add_argument("--seed", type=int, default=0, help="which rows")
+    args = parser.parse_args(argv)
+    try:
+        if args.rows < 1 or args.seed < 0:
+            raise InputError(
+                f"--rows {args.rows} --seed {args.seed}: expected 1 or more, 0 or more"
+            )
+        env = args.env or next((task for task in TASKS if args.file.name.startswith(task)), None)
+        if env is None:
+            raise InputError(
+                f"{args.file.name} names no task, add --env with one of {', '.join(TASKS)}"
+            )
+        task = parse_env(env)[0]
+        if task not in TASKS:
+            raise InputError(
+                f"--env {env} has no qpos and qvel, expected one of {', '.join(TASKS)}"
+            )
+        found = check(args.file, task, args.rows, args.seed)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    text, agree = agreement(found)
+    print(f"{args.file}: {len(found['rewards']):,} rows replayed in {task}\n{text}")
+    return 0 if agree else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""The tasks, and how a task is stepped as a batch of teams.
+
+`TASKS` is the table; each family of tasks is a file beside this one, with `make_vec` and
+`parallel_env`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from common import InputError, nearest
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of the table: how the task is built, and the returns its scores are measured by."""
+
+    family: str
+    """the file of this folder that builds the task"""
+    env_id: str
+    """Gymnasium's name"""
+    split: str
+    """the usual partition of the joints, AGENTSxJOINTS"""
+    random_return: float | None = None
+    """D4RL's reference return of a random policy (score 0)"""
+    expert_return: float | None = None
+    """D4RL's reference return of an expert (score 100)"""
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    """further arguments of `gymnasium.make`"""
+
+
+TASKS = {
+    "halfcheetah": Task("mujoco", "HalfCheetah-v5", "2x3", -280.178953, 12135.0),
+    # v5's own model has another friction on the right foot than the one D4RL's data comes from
+    "walker2d": Task(
+        "mujoco", "Walker2d-v5", "2x3", 1.629008, 4592.3, {"xml_file": "walker2d.xml"}
+    ),
+    "hopper": Task("mujoco", "Hopper-v5", "3x1", -20.272305, 3234.3),
+    # D4RL's contact forces are all zero, and so is what they cost
+    "ant": Task(
+        "mujoco",
+        "Ant-v5",
+        "4x2",
+        -325.6,
+        3879.7,
+        {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0},
+    ),
+}
+
+
+class VecEnv:
+    """E teams stepped one after another; the step that ends an episode starts the next.
+
+    A team has `num_agents`, `obs_dim`, `action_low` and `action_high` (N, action_dim),
+    `max_episode_steps`, `reset(seed) -> obs`, `close()` and
+    `step(actions (N, action_dim)) -> obs, reward, terminated, truncated`;
+    its obs is (N, obs_dim), or (obs_dim,) where all agents see the same.
+    """
+
+    def __init__(self, teams: Sequence, seed: int):
+        self.teams = teams
+        self.num_envs = len(teams)
+        self.num_agents = teams[0].num_agents
+        self.obs_dim = teams[0].obs_dim
+        self.action_low, self.action_high = teams[0].action_low, teams[0].action_high
+        self.action_dim = self.action_low.shape[1]
+        self.max_episode_steps = teams[0].max_episode_steps
+        # None after the first reset: a team's generator then goes on where it stands
+        self.seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(self.num_envs)]
+        self.elapsed = np.zeros(self.num_envs, dtype=np.int64)  # steps of each running episode
+
+    def reset(self) -> np.ndarray:
+        """Start an episode in every team -> obs (E, N, obs_dim) float32."""
+        obs = np.empty((self.num_envs, self.num_agents, self.obs_dim), dtype=np.float32)
+        for e, team in enumerate(self.teams):
+            obs[e] = team.reset(self.seeds[e])
+        self.seeds = [None] * self.num_envs
+        self.elapsed[:] = 0
+        return obs
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """One step of every team with actions (E, N, action_dim).
+
+        Returns obs (E, N, obs_dim) float32, rewards (E,) float32, terminations (E,) bool,
+        truncations (E,) bool (the time limit) and final_obs (E, N, obs_dim): the true next
+        observation. Where an episode ended, obs is the first one of the next episode; elsewhere
+        it equals final_obs.
+        """
+        actions = np.asarray(actions, dtype=np.float32)
+        final_obs = np.empty((self.num_envs, self.num_agents, self.obs_dim), dtype=np.float32)
+        rewards = np.empty(self.num_envs, dtype=np.float32)
+        terminations = np.empty(self.num_envs, dtype=bool)
+        truncations = np.empty(self.num_envs, dtype=bool)
+        for e, team in enumerate(self.teams):
+            final_obs[e], rewards[e], terminations[e], truncations[e] = team.step(actions[e])
+        self.elapsed += 1
+        truncations |= self.elapsed >= self.max_episode_steps
+        obs = final_obs.copy()
+        for e in np.flatnonzero(terminations | truncations):
+            obs[e] = self.teams[e].reset(None)
+            self.elapsed[e] = 0
+        return obs, rewards, terminations, truncations, final_obs
+
+    def close(self) -> None:
+        for team in self.teams:
+            team.close()
+
+
+def make_vec(task: str, num_envs: int, seed: int, split: str | None = None) -> VecEnv:
+    """`num_envs` teams of `task`: a name of `TASKS`, or `package.module:factory` of a ParallelEnv.
+
+    Team e's first reset is seeded with number e of
+    `np.random.SeedSequence(seed).generate_state(num_envs)`; later ones go on with its generator.
+    Raises InputError for an unknown task or split, and for a ParallelEnv that cannot be used.
+    """
+    if num_envs < 1:
+        raise InputError(f"num_envs is {num_envs}, expected at least 1")
+    if seed < 0:
+        raise InputError(f"seed is {seed}, expected 0 or more")
+    return _family(task).make_vec(task, num_envs, seed, split)
+
+
+def parallel_env(task: str, split: str | None = None, render_mode: str | None = None):
+    """`task` as a `pettingzoo.ParallelEnv`; the agents of `TASKS` are called agent_0, agent_1, ...
+
+    Raises InputError for an unknown task or split.
+    """
+    return _family(task).parallel_env(task, split, render_mode)
+
+
+def normalized_score(task: str, returns: np.ndarray | float) -> np.ndarray:
+    """D4RL's score of `returns` (any shape): random 0, expert 100; nan where D4RL has none."""
+    _family(task)
+    row = TASKS.get(task)
+    if row is None or row.random_return is None or row.expert_return is None:
+        return np.full(np.shape(returns), np.nan)
+    scale = row.expert_return - row.random_return
+    return 100 * (np.asarray(returns, dtype=np.float64) - row.random_return) / scale
+
+
+def _family(task: str) -> ModuleType:
+    if ":" in task:
+        return import_module("common.envs.parallel")
+    if task not in TASKS:
+        hint = nearest(task, TASKS)
+        raise InputError(f"unknown task {task!r}: {hint} (or package.module:factory)")
+    return import_module(f"common.envs.{TASKS[task].family}")

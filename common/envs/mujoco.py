@@ -1,0 +1,150 @@
+"""Multi-agent MuJoCo: Gymnasium's tasks, the joints divided among agents that see the full state.
+
+An agent's action is a contiguous slice of the single agent's, in actuator order. The tasks are
+those of Peng et al., 2021 (https://arxiv.org/abs/2003.06709); gymnasium-robotics' MaMuJoCo gives
+the same joints to an agent, but reverses a Walker2d leg and numbers Ant's agents from another leg.
+"""
+
+import warnings
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+from gymnasium.spaces import Box
+from pettingzoo import ParallelEnv
+
+from common import InputError
+from common.envs import TASKS, VecEnv
+
+
+def _warn(message: str) -> None:
+    if "settotalmass" not in message:
+        warnings.warn(f"MuJoCo: {message}", RuntimeWarning, stacklevel=2)
+
+
+# Without it MuJoCo says at every build that half_cheetah.xml uses a deprecated attribute (it still
+# works), and writes every warning to MUJOCO_LOG.TXT in the current folder.
+mujoco.set_mju_user_warning(_warn)
+
+
+def make_single(task: str, render_mode: str | None = None) -> gym.Env:
+    """The plain single-agent Gymnasium environment of a task, time limit included."""
+    return gym.make(TASKS[task].env_id, render_mode=render_mode, **TASKS[task].kwargs)
+
+
+def parse_split(task: str, split: str | None, num_joints: int) -> tuple[int, int]:
+    """Agents and joints of "2x3"; None is the task's own. Raises InputError if it does not fit."""
+    valid = [f"{n}x{num_joints // n}" for n in range(1, num_joints + 1) if num_joints % n == 0]
+    split = TASKS[task].split if split is None else split
+    if split not in valid:
+        raise InputError(
+            f"unknown split {split!r} of {task}'s {num_joints} joints (AGENTSxJOINTS): "
+            f"expected one of {', '.join(valid)}"
+        )
+    num_agents, joints = split.split("x")
+    return int(num_agents), int(joints)
+
+
+class MujocoTeam:
+    """One team for VecEnv, without Gymnasium's wrappers: VecEnv keeps the time limit."""
+
+    def __init__(self, task: str, split: str | None = None):
+        self.env = make_single(task).unwrapped
+        space = self.env.action_space
+        self.num_agents, joints = parse_split(task, split, space.shape[0])
+        self.obs_dim = self.env.observation_space.shape[0]
+        self.action_low = space.low.reshape(self.num_agents, joints)
+        self.action_high = space.high.reshape(self.num_agents, joints)
+        self.max_episode_steps = gym.spec(TASKS[task].env_id).max_episode_steps
+
+    def reset(self, seed: int | None) -> np.ndarray:
+        return self.env.reset(seed=seed)[0]
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
+        return self.env.step(actions.ravel())[:4]
+
+    def close(self) -> None:
+        self.env.close()
+
+
+class MujocoVecEnv(VecEnv):
+    """Teams of a MuJoCo task, with the simulator's state."""
+
+    def qpos_qvel(self) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (E, nq) and velocities (E, nv) now, float64: D4RL's infos/qpos and infos/qvel.
+
+        Where the last step ended an episode, they belong to the next one's start, as obs does.
+        """
+        data = [team.env.data for team in self.teams]
+        return np.stack([d.qpos for d in data]), np.stack([d.qvel for d in data])
+
+    def set_state(self, e: int, qpos: np.ndarray, qvel: np.ndarray) -> np.ndarray:
+        """Start an episode of team e at qpos (nq,), qvel (nv,) -> obs (N, obs_dim) float32."""
+        env = self.teams[e].env
+        env.set_state(np.asarray(qpos, np.float64), np.asarray(qvel, np.float64))
+        self.elapsed[e] = 0
+        return np.repeat(env._get_obs()[None].astype(np.float32), self.num_agents, axis=0)
+
+
+def make_vec(task: str, num_envs: int, seed: int, split: str | None = None) -> MujocoVecEnv:
+    """See `common.envs.make_vec`."""
+    return MujocoVecEnv([MujocoTeam(task, split) for _ in range(num_envs)], seed)
+
+
+class MujocoParallelEnv(ParallelEnv):
+    """A MuJoCo task for PettingZoo; every agent gets Gymnasium's observation and reward."""
+
+    def __init__(self, task: str, split: str | None = None, render_mode: str | None = None):
+        self.env = make_single(task, render_mode)
+        self.render_mode = render_mode
+        space = self.env.action_space
+        num_agents, joints = parse_split(task, split, space.shape[0])
+        self.metadata = {**self.env.metadata, "name": f"{task}_{num_agents}x{joints}"}
+        self.possible_agents = [f"agent_{i}" for i in range(num_agents)]
+        self.agents = []
+        self.observation_spaces = dict.fromkeys(self.possible_agents, self.env.observation_space)
+        low, high = np.split(space.low, num_agents), np.split(space.high, num_agents)
+        self.action_spaces = {
+            agent: Box(low[i], high[i], dtype=space.dtype)
+            for i, agent in enumerate(self.possible_agents)
+        }
+
+    def observation_space(self, agent: str) -> Box:
+        return self.observation_spaces[agent]
+
+    def action_space(self, agent: str) -> Box:
+        return self.action_spaces[agent]
+
+    def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        self.agents = self.possible_agents[:]
+        obs, info = self.env.reset(seed=seed, options=options)
+        return self._each(obs), self._each(info)
+
+    def step(self, actions: dict[str, np.ndarray]) -> tuple[dict, dict, dict, dict, dict]:
+        joint = np.concatenate([actions[agent] for agent in self.possible_agents])
+        obs, reward, terminated, truncated, info = self.env.step(joint)
+        results = tuple(map(self._each, (obs, float(reward), terminated, truncated, info)))
+        if terminated or truncated:
+            self.agents = []
+        return results
+
+    def _each(self, value) -> dict:
+        """Every agent its own copy, so that none can change what the others see."""
+        return {a: value.copy() if hasattr(value, "copy") else value for a in self.agents}
+
+    def state(self) -> np.ndarray:
+        """The full state (obs_dim,): what every agent observes."""
+        return self.env.unwrapped._get_obs()
+
+    def render(self) -> np.ndarray | None:
+        return self.env.render()
+
+    def close(self) -> None:
+        self.env.close()
+
+
+def parallel_env(
+    task: str, split: str | None = None, render_mode: str | None = None
+) -> MujocoParallelEnv:
+    """See `common.envs.parallel_env`."""
+    return MujocoParallelEnv(task, split, render_mode)

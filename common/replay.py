@@ -1,0 +1,152 @@
+"""Offline data and growing online data on the device, drawn per group (agent and seed).
+
+The offline data is held once, whatever the number of seeds; each seed has its own online data. Observations and
+rewards belong to the team, actions are kept per agent: a group's batch holds its own agent's actions and no other's.
+
+An index counts a group's own transitions: 0 ... num_offline-1 are offline, then come its online transitions in the
+order of their collection. Draws and gathers never wait for the host, so that they can be part of a CUDA graph.
+"""
+
+import torch
+
+from common.datasets import TeamDataset
+
+
+class Replay:
+    """Merged data B^k and latest online data D^k of every group, g = seed_index * num_agents + agent.
+
+    Args:
+        dataset: the team's offline data, n transitions.
+        num_seeds: seeds that train together, S; groups G = S * num_agents.
+        deployments, deployment_steps: K and M; room for K * M online transitions per seed.
+        device: where everything lives.
+    """
+
+    def __init__(
+        self,
+        dataset: TeamDataset,
+        num_seeds: int,
+        deployments: int,
+        deployment_steps: int,
+        device: torch.device | str = "cpu",
+    ):
+        self.num_offline = len(dataset.rewards)
+        self.num_agents = dataset.actions.shape[1]
+        self.num_seeds = num_seeds
+        self.num_groups = num_seeds * self.num_agents
+        self.deployment_steps = deployment_steps
+        self.capacity = deployments * deployment_steps
+        self.device = torch.device(device)
+        self.num_rows = self.num_offline + num_seeds * self.capacity
+
+        def room(arrays, *shape):
+            """(len(arrays), num_rows, *shape): the offline rows filled, the online ones zero."""
+            storage = torch.zeros(len(arrays), self.num_rows, *shape, device=self.device)
+            for row, array in zip(storage, arrays, strict=True):
+                row[: self.num_offline] = torch.as_tensor(array)
+            return storage
+
+        agents = [dataset.agent(i) for i in range(self.num_agents)]
+        viewers = agents if dataset.obs.shape[1] > 1 else agents[:1]  # 1: all agents see the same
+        obs_dim, action_dim = dataset.obs.shape[2], dataset.actions.shape[2]
+        self.obs = room([a["obs"] for a in viewers], obs_dim)
+        self.next_obs = room([a["next_obs"] for a in viewers], obs_dim)
+        self.actions = room([a["actions"] for a in agents], action_dim)
+        self.rewards = room([dataset.rewards])
+        self.terminations = room([dataset.terminations])
+
+        group = torch.arange(self.num_groups, device=self.device).unsqueeze(1)  # (G, 1)
+        self.agent_rows = (group % self.num_agents) * self.num_rows
+        self.viewer_rows = (group % len(viewers)) * self.num_rows
+        self.seed_rows = (group // self.num_agents) * self.capacity
+        # Sizes are tensors, so that a captured graph sees them grow.
+        self.num_online = torch.zeros((), dtype=torch.long, device=self.device)
+
+    def add(self, obs, actions, rewards, next_obs, terminations) -> None:
+        """Merge one deployment: B^k = B^{k-1} with D^k (Algorithm 1, line 5).
+
+        Shapes: obs, next_obs (S, M, N, obs_dim), actions (S, M, N, action_dim), rewards, terminations (S, M).
+        """
+        start = int(self.num_online)
+        if rewards.shape != (self.num_seeds, self.deployment_steps):
+            raise ValueError(f"expected (S, M) = {(self.num_seeds, self.deployment_steps)} rewards")
+        for s in range(self.num_seeds):
+            first = self.num_offline + s * self.capacity + start
+            rows = slice(first, first + self.deployment_steps)
+            for agent in range(len(self.obs)):
+                self.obs[agent, rows] = torch.as_tensor(obs[s, :, agent]).to(self.device)
+                self.next_obs[agent, rows] = torch.as_tensor(next_obs[s, :, agent]).to(self.device)
+            for agent in range(self.num_agents):
+                self.actions[agent, rows] = torch.as_tensor(actions[s, :, agent]).to(self.device)
+            self.rewards[0, rows] = torch.as_tensor(rewards[s]).to(self.device)
+            self.terminations[0, rows] = torch.as_tensor(terminations[s]).to(self.device).float()
+        self.num_online += self.deployment_steps
+
+    def _draw(self, num_samples: int, size) -> torch.Tensor:
+        # float64: a float32 uniform has too few values to reach each of a million transitions equally often.
+        shape = (self.num_groups, num_samples)
+        return (torch.rand(shape, device=self.device, dtype=torch.float64) * size).long()
+
+    def draw_merged(self, num_samples: int) -> torch.Tensor:
+        """(G, num_samples) indices, uniform over B^k, with replacement."""
+        return self._draw(num_samples, self.num_offline + self.num_online)
+
+    def draw_offline(self, num_samples: int) -> torch.Tensor:
+        """(G, num_samples) indices, uniform over B^0, with replacement."""
+        return self._draw(num_samples, self.num_offline)
+
+    def draw_online(self, num_samples: int) -> torch.Tensor:
+        """(G, num_samples) indices, uniform over D^1 ... D^k, with replacement."""
+        return self.num_offline + self._draw(num_samples, self.num_online)
+
+    def draw_latest(self, num_samples: int) -> torch.Tensor:
+        """(G, num_samples) indices into D^k, each transition at most once, in random order."""
+        keys = torch.rand(self.num_groups, self.deployment_steps, device=self.device)
+        return keys.topk(num_samples, dim=1).indices + self.latest_start
+
+    @property
+    def latest_start(self) -> torch.Tensor:
+        """Index of the first transition of D^k."""
+        return self.num_offline + self.num_online - self.deployment_steps
+
+    def is_online(self, index: torch.Tensor) -> torch.Tensor:
+        """Whether each index (G, n) is an online transition."""
+        return index >= self.num_offline
+
+    def gather(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The transitions of `index` (G, n).
+
+        Returns:
+            obs, next_obs (G, n, obs_dim), actions (G, n, action_dim), rewards, terminations (G, n); all float32.
+        """
+        row = index + self.is_online(index) * self.seed_rows
+
+        def take(storage, rows):
+            picked = storage.flatten(0, 1).index_select(0, rows.flatten())
+            return picked.view(*index.shape, *storage.shape[2:])
+
+        return {
+            "obs": take(self.obs, row + self.viewer_rows),
+            "next_obs": take(self.next_obs, row + self.viewer_rows),
+            "actions": take(self.actions, row + self.agent_rows),
+            "rewards": take(self.rewards, row),
+            "terminations": take(self.terminations, row),
+        }
+
+    def _online_rows(self, storage: torch.Tensor) -> torch.Tensor:
+        """View of the online part of a storage: (agents, S, K * M, ...)."""
+        return storage[:, self.num_offline :].unflatten(1, (self.num_seeds, self.capacity))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The online data collected so far; the offline data is loaded anew."""
+        size = int(self.num_online)
+        names = ("obs", "next_obs", "actions", "rewards", "terminations")
+        state = {name: self._online_rows(getattr(self, name))[:, :, :size].clone() for name in names}
+        return {**state, "num_online": self.num_online.clone()}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Put back what `state_dict` returned."""
+        size = int(state["num_online"])
+        for name in ("obs", "next_obs", "actions", "rewards", "terminations"):
+            self._online_rows(getattr(self, name))[:, :, :size] = state[name].to(self.device)
+        self.num_online.fill_(size)

@@ -1,0 +1,420 @@
+"""A run: its command line, folder, TensorBoard, returns.csv, checkpoints, progress and closing table."""
+
+import csv
+import dataclasses
+import io
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common import InputError
+from common.datasets import parse_env
+from common.envs import normalized_score
+
+LOG_EVERY = 500  # updates between two rows of losses
+
+
+# --- Command line ---
+
+
+def cli(main: Callable, args_type: type) -> None:
+    """Parse the command line into `args_type` and call `main(args)`; InputError becomes its message and exit status 2."""
+    try:
+        main(parse(args_type))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def parse(args_type: type, argv: list[str] | None = None):
+    """The arguments of `argv`; with --resume, those of the resumed run, from which no other flag may differ.
+
+    Raises:
+        InputError: a count out of range, or a flag that differs from the resumed run's.
+    """
+    args = tyro.cli(args_type, args=argv)
+    if args.resume is not None:
+        stored = read_args(args.resume)
+        try:
+            stored = dataclasses.replace(args_type(**stored), resume=args.resume)
+        except TypeError as error:
+            raise InputError(f"{args.resume}: not a run of this script ({error})") from None
+        asked = tyro.cli(args_type, args=argv, default=stored)
+        for field in dataclasses.fields(args_type):
+            was, now = getattr(stored, field.name), getattr(asked, field.name)
+            if was != now:
+                flag = "--" + field.name.replace("_", "-")
+                raise InputError(f"--resume continues a run as it was: {flag} is {was} there, not {now}")
+        args = stored
+    check(args)
+    return args
+
+
+def check(args) -> None:
+    """Refuse counts and coefficients out of range.
+
+    Raises:
+        InputError: names the flag, its value and what it may be.
+    """
+    bounds = {"num_seeds": 1, "batch_size": 1, "candidates": 1, "references": 1, "dataset_size": 1}
+    bounds |= {"deployment_steps": 1, "finetune_updates": 1, "eval_every": 1, "checkpoint_every": 1}
+    bounds |= {"seed": 0, "offline_updates": 0, "deployments": 0, "alpha": 0, "alpha_max": 0}
+    bounds |= {"distance_candidates": 1, "hidden_size": 1, "learning_rate": 0, "num_value_actions": 1}
+    for name, least in bounds.items():
+        value = getattr(args, name, None)
+        if value is not None and not (np.isfinite(value) and value >= least):
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} is {value}; it must be at least {least}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is available; use --device cpu or auto")
+    if not args.replacement and args.batch_size > args.candidates:
+        raise InputError(
+            f"--no-replacement draws --batch-size {args.batch_size} different transitions out of "
+            f"--candidates {args.candidates}: it needs at least as many candidates"
+        )
+    if args.exclude_self_matches and args.references < 2:
+        raise InputError(f"--exclude-self-matches needs --references 2 or more, not {args.references}")
+
+
+def deployment_steps(args, dataset_size: int) -> int:
+    """M, the environment steps of one deployment: --deployment-steps or 1 % of the offline data.
+
+    Raises:
+        InputError: OTC needs more different references than one deployment collects.
+    """
+    steps = args.deployment_steps or max(1, dataset_size // 100)
+    if args.deployments and args.sampling == "otc" and args.references > steps:
+        raise InputError(
+            f"--references {args.references}: one deployment collects only {steps} transitions "
+            f"(1 % of the offline data unless set); lower --references or raise --deployment-steps"
+        )
+    return steps
+
+
+def pick_device(args) -> torch.device:
+    """--device as torch understands it; `auto` is CUDA where there is one."""
+    if args.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(args.device)
+
+
+# --- One captured update ---
+
+
+class Graphed:
+    """Calls a function without arguments, over and over: as it is, or as one captured CUDA graph.
+
+    The function must read and write tensors that stay where they are and never wait for the host. Its first calls run
+    eagerly on a side stream, as capture demands; they are calls like any other, so nothing has to be undone.
+    """
+
+    def __init__(self, function: Callable, enabled: bool):
+        self.function = function
+        self.graph = None
+        self.warm_ups_left = 3
+        self.stream = torch.cuda.Stream() if enabled else None
+
+    def __call__(self):
+        if self.stream is None:
+            return self.function()
+        if self.warm_ups_left > 0:
+            self.warm_ups_left -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                output = self.function()
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return output
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.output = self.function()
+        self.graph.replay()
+        return self.output
+
+
+# --- Files ---
+
+
+def write_beside(path: Path, content: bytes) -> None:
+    """Write `path` as a whole or not at all: beside it first, then renamed."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_args(folder: str) -> dict:
+    """The arguments of the run in `folder`.
+
+    Raises:
+        InputError: no run, or not a readable one.
+    """
+    path = Path(folder) / "args.json"
+    try:
+        return json.loads(path.read_text())["args"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{folder} is not a run folder: {path} is missing or unreadable") from None
+
+
+def read_checkpoint(folder: str, name: str) -> dict:
+    """A checkpoint's content; `folder` may be any of the folders of a run of several seeds.
+
+    Raises:
+        InputError: missing, unreadable or foreign.
+    """
+    read_args(folder)
+    siblings = json.loads((Path(folder) / "args.json").read_text()).get("folders", [])
+    first = Path(folder).resolve().parent / siblings[0] if siblings else Path(folder)
+    path = first / name
+    if not path.exists():
+        raise InputError(f"{path} does not exist: the run was stopped before it was first written")
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+        if not isinstance(checkpoint, dict) or not {"agent", "progress", "rng"} <= set(checkpoint):
+            raise ValueError("keys are missing")
+    except Exception as error:  # torch.load raises many kinds
+        first_line = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise InputError(f"{path} is not a readable checkpoint: {first_line}") from None
+    return checkpoint
+
+
+def read_offline_checkpoint(args, script: str) -> dict:
+    """The offline policy of the run --offline-checkpoint, trained on the same data for the same seeds.
+
+    Raises:
+        InputError: unreadable, of another script, or trained with other arguments.
+    """
+    checkpoint = read_checkpoint(args.offline_checkpoint, "offline.pt")
+    if checkpoint["script"] != script:
+        raise InputError(f"{args.offline_checkpoint} is a run of {checkpoint['script']}, not {script}")
+    for name in ("env", "dataset", "dataset_size", "split", "seed", "num_seeds", "hidden_size", "embedding_dim"):
+        was, now = checkpoint["args"].get(name), getattr(args, name)
+        if was != now:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"--offline-checkpoint was trained with {flag} {was}, not {now}")
+    embedding = {k: v for k, v in checkpoint["sampler"].items() if k.startswith("embedding.")}
+    needed = args.sampling == "otc" and args.distance == "embedding"
+    if needed and not embedding:
+        raise InputError(
+            f"{args.offline_checkpoint} trained no embedding, which --distance embedding needs; "
+            "its own --sampling and --distance must have been otc and embedding"
+        )
+    checkpoint["sampler"] = embedding if needed else {}
+    return checkpoint
+
+
+def get_rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of torch's default generators, the only source of randomness besides the environments' seeds."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what `get_rng_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+# --- Run ---
+
+
+def spread(returns: list[list[float]]) -> str:
+    """The standard deviation over seeds of their mean returns, or over a single seed's episodes."""
+    if len(returns) > 1:
+        return f" +- {np.std([np.mean(r) for r in returns]):.1f} over seeds"
+    return f" +- {np.std(returns[0]):.1f}"
+
+
+class Run:
+    """One folder per seed: `{run_dir}/{env}__{script}__{seed}__{time}/`.
+
+    Args:
+        args: the script's arguments.
+        script: its name.
+        checkpoint: what `read_checkpoint` returned for --resume, else None.
+
+    Raises:
+        InputError: the folder cannot be made.
+    """
+
+    def __init__(self, args, script: str, checkpoint: dict | None = None):
+        self.args, self.script = args, script
+        self.seeds = [args.seed + s for s in range(args.num_seeds)]
+        self.rows: list[list[dict]] = [[] for _ in self.seeds]
+        self.stop_signal = None
+        self.bar = None
+        if checkpoint is not None:
+            folder = Path(args.resume).resolve()
+            names = json.loads((folder / "args.json").read_text())["folders"]
+            self.folders = [folder.parent / name for name in names]
+            self.rows = checkpoint["rows"]
+        else:
+            self.folders = self._make_folders()
+        self.writers = [SummaryWriter(str(folder)) for folder in self.folders]
+        if checkpoint is None:
+            table = "\n".join(f"|{k}|{v}|" for k, v in dataclasses.asdict(args).items())
+            for writer in self.writers:
+                writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _make_folders(self) -> list[Path]:
+        env = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.args.env)
+        base = Path(self.args.run_dir)
+        stamp = int(time.time())
+        while any((base / f"{env}__{self.script}__{s}__{stamp}").exists() for s in self.seeds):
+            stamp += 1
+        folders = [base / f"{env}__{self.script}__{seed}__{stamp}" for seed in self.seeds]
+        content = {"args": dataclasses.asdict(self.args), "script": self.script}
+        content |= {"folders": [folder.name for folder in folders]}
+        try:
+            for seed, folder in zip(self.seeds, folders, strict=True):
+                folder.mkdir(parents=True)
+                text = json.dumps({**content, "seed": seed}, indent=2)
+                write_beside(folder / "args.json", text.encode())
+        except OSError as error:
+            raise InputError(f"--run-dir {base}: cannot write there ({error.strerror})") from None
+        return folders
+
+    def _on_signal(self, number, frame) -> None:
+        if self.stop_signal is not None:  # asked twice: do not wait for the next update
+            raise KeyboardInterrupt
+        self.stop_signal = number
+
+    # Logging
+
+    def log(self, scalars: dict, step: int) -> None:
+        """Write {tag: values (S,), or (S, N) for one tag per agent} to every seed's TensorBoard."""
+        for tag, values in scalars.items():
+            values = values.tolist()
+            for writer, value in zip(self.writers, values, strict=True):
+                if isinstance(value, list):
+                    for agent, each in enumerate(value):
+                        writer.add_scalar(f"{tag}_agent_{agent}", each, step)
+                else:
+                    writer.add_scalar(tag, value, step)
+
+    def log_losses(self, losses: dict[str, torch.Tensor], step: int) -> None:
+        """Write {tag: (G,)}, averaged over the agents of each seed; one transfer for all."""
+        stacked = torch.stack([value.float() for value in losses.values()]).cpu()  # (tags, G)
+        per_seed = stacked.view(len(losses), len(self.seeds), -1).mean(dim=2)
+        self.log(dict(zip(losses, per_seed, strict=True)), step)
+
+    def say(self, text: str) -> None:
+        """Print a line, above the progress bar where there is one."""
+        tqdm.write(text)
+
+    def record_offline(self, update: int, returns: list[list[float]]) -> None:
+        """The offline policy's return after so many updates: `offline/episodic_return`, and a line."""
+        means = np.array([np.mean(r) for r in returns])
+        self.log({"offline/episodic_return": means}, update)
+        self.say(f"offline, {update} updates: return {means.mean():.1f}{spread(returns)}")
+
+    def record_return(
+        self, deployment: int, env_steps: int, returns: list[list[float]], alpha: torch.Tensor
+    ) -> None:
+        """A row of returns.csv per seed: the return of pi^k, k = `deployment`, from its episodes.
+
+        Args:
+            env_steps: online environment steps that pi^k has learned from.
+            returns: the episodes' returns of each seed, S lists.
+            alpha: (S, N), the alpha^k that pi^k was fine-tuned with.
+        """
+        means = np.array([np.mean(r) for r in returns])
+        scores = normalized_score(parse_env(self.args.env)[0], means)
+        for s, rows in enumerate(self.rows):
+            row = {
+                "deployment": deployment,
+                "env_steps": env_steps,
+                "episodes": len(returns[s]),
+                "mean_return": float(means[s]),
+                "std_return": float(np.std(returns[s])),
+                "normalized_score": float(scores[s]),
+            }
+            rows.append(row | {f"alpha_agent_{i}": float(a) for i, a in enumerate(alpha[s].tolist())})
+            text = io.StringIO()
+            writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_beside(self.folders[s] / "returns.csv", text.getvalue().encode())
+        self.log({"charts/episodic_return": means, "charts/normalized_score": scores}, deployment)
+        score = "" if np.isnan(scores).all() else f", normalised score {scores.mean():.1f}"
+        self.say(
+            f"pi^{deployment}: return {means.mean():.1f}{spread(returns)} "
+            f"({sum(map(len, returns))} episodes){score}, alpha {alpha.mean():.2f}"
+        )
+
+    # Progress and checkpoints
+
+    def updates(self, phase: str, start: int, stop: int, offset: int) -> Iterator[int]:
+        """Count the updates start+1 ... stop of a phase, `offset` before it, behind a progress bar."""
+        every = 0.3 if sys.stderr.isatty() else 60
+        bar = tqdm(
+            total=stop, initial=start, desc=phase, unit="update", mininterval=every, leave=False
+        )
+        before, then = start, time.perf_counter()
+        with bar:
+            for update in range(start + 1, stop + 1):
+                yield update
+                bar.update()
+                if update % LOG_EVERY == 0:
+                    now = time.perf_counter()
+                    rate = torch.full((len(self.seeds),), (update - before) / (now - then))
+                    self.log({"time/updates_per_second": rate}, offset + update)
+                    before, then = update, now
+
+    def save(self, state: dict, name: str = "checkpoint.pt") -> None:
+        """Write a checkpoint into the first seed's folder, beside the old one and renamed."""
+        content = io.BytesIO()
+        state = {**state, "rows": self.rows, "script": self.script}
+        torch.save({**state, "args": dataclasses.asdict(self.args)}, content)
+        write_beside(self.folders[0] / name, content.getvalue())
+
+    def stop_if_asked(self, save: Callable) -> None:
+        """After SIGINT or SIGTERM: call `save`, say how to go on, and exit with status 128 + signal."""
+        if self.stop_signal is None:
+            return
+        save()
+        self.close()
+        print(f"stopped; continue with --resume {self.folders[0]}", file=sys.stderr)
+        sys.exit(128 + self.stop_signal)
+
+    def close(self) -> None:
+        """Flush TensorBoard."""
+        for writer in self.writers:
+            writer.close()
+
+    def finish(self) -> None:
+        """Print the closing table: return of pi^0 and pi^K and the improvement, per seed and over seeds."""
+        self.close()
+        first = np.array([rows[0]["mean_return"] for rows in self.rows])
+        last = np.array([rows[-1]["mean_return"] for rows in self.rows])
+        score = np.array([rows[-1]["normalized_score"] for rows in self.rows])
+        improvement = 100 * (last - first) / np.abs(first)
+        final = f"pi^{self.rows[0][-1]['deployment']}"
+        lines = [f"{'seed':>12}{'pi^0':>12}{final:>12}{'improvement':>14}{'score':>9}"]
+        rows = list(zip(map(str, self.seeds), first, last, improvement, score, strict=True))
+        if len(self.seeds) > 1:
+            columns = (first, last, improvement, score)
+            rows.append(("mean", *(c.mean() for c in columns)))
+            rows.append(("std", *(c.std() for c in columns)))
+        for name, *values in rows:
+            a, b, change, points = values
+            lines.append(f"{name:>12}{a:12.1f}{b:12.1f}{change:12.1f} %{points:9.1f}")
+        print("\n" + "\n".join(lines))
+        print(f"\n{self.folders[0]}" + (f" and {len(self.seeds) - 1} more" if len(self.seeds) > 1 else ""))

@@ -1,0 +1,218 @@
+"""Which transitions an update sees: the OTC sampler and what its strategies are compared with.
+
+Everything is batched over a leading group dimension G (agents times seeds), works on CPU and CUDA, and never waits for
+the host, so that a whole update can be captured in one CUDA graph. Random numbers come from `generator`, or from
+torch's default generator of the device.
+
+Source: Jiang and Lu, "Online Tuning for Offline Decentralized Multi-Agent Reinforcement Learning", AAAI 2023; equation
+and line numbers are that paper's.
+"""
+
+import torch
+
+# The largest block of pairwise distances held at once: 2^24 floats are 64 MiB.
+MAX_PAIRS = 2**24
+
+
+def match_by_value(
+    candidates: torch.Tensor, references: torch.Tensor, exclude: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Best match in absolute difference, equation (1) with d_q: sort the references once, search each candidate.
+
+    Args:
+        candidates: (G, B) values Q(s, a_i) of the candidate transitions.
+        references: (G, D) values of the online transitions, D >= 1 (D >= 2 with `exclude`). Among references of equal
+            value the choice depends on their order alone: references in random order make it uniform.
+        exclude: (G, B) position of the reference that a candidate may not be matched with, -1 for none.
+
+    Returns:
+        (G, B) position of the best-matched reference in `references`.
+    """
+    num_references = references.shape[1]
+    values, order = references.sort(dim=1)
+    above = torch.searchsorted(values, candidates.contiguous())
+    # The nearest value is one of the two neighbours; without one of them, one of the two on either side.
+    reach = 1 if exclude is None else 2
+    window = above.unsqueeze(2) + torch.arange(-reach, reach, device=above.device)  # (G, B, 2 or 4)
+    outside = (window < 0) | (window >= num_references)
+    window = window.clamp(0, num_references - 1).flatten(1)
+    positions = order.gather(1, window).view_as(outside)
+    gap = (values.gather(1, window).view_as(outside) - candidates.unsqueeze(2)).abs()
+    gap = gap.masked_fill(outside, torch.inf)
+    if exclude is not None:
+        gap = gap.masked_fill(positions == exclude.unsqueeze(2), torch.inf)
+    return positions.gather(2, gap.argmin(dim=2, keepdim=True)).squeeze(2)
+
+
+def match_by_embedding(
+    candidates: torch.Tensor, references: torch.Tensor, exclude: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Best match in l1 distance between embeddings, equation (1) with d_e.
+
+    Args:
+        candidates: (G, B, d) embeddings of the candidate transitions.
+        references: (G, D, d) embeddings of the online transitions, in random order where ties matter.
+        exclude: (G, B) position of the reference that a candidate may not be matched with, -1 for none.
+
+    Returns:
+        (G, B) position of the best-matched reference, and (G, B) its distance. At most `MAX_PAIRS` pairwise distances
+        are in memory at a time.
+    """
+    num_groups, num_references = references.shape[:2]
+    chunk = max(1, MAX_PAIRS // (num_groups * num_references))
+    indices, distances = [], []
+    for start in range(0, candidates.shape[1], chunk):
+        pairs = torch.cdist(candidates[:, start : start + chunk], references, p=1)  # (G, b, D)
+        if exclude is not None:
+            forbidden = exclude[:, start : start + chunk].unsqueeze(2)
+            pairs = pairs.masked_fill(
+                forbidden == torch.arange(num_references, device=pairs.device), torch.inf
+            )
+        distance, index = pairs.min(dim=2)
+        indices.append(index)
+        distances.append(distance)
+    return torch.cat(indices, dim=1), torch.cat(distances, dim=1)
+
+
+def find_self_matches(candidates: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Where each candidate stands among the references as the very same transition, for `exclude`.
+
+    Args:
+        candidates, references: (G, B) and (G, D) indices into the replay.
+
+    Returns:
+        (G, B) position in `references`, -1 where the candidate is not among them.
+    """
+    indices, order = references.sort(dim=1)
+    position = torch.searchsorted(indices, candidates.contiguous()).clamp(max=indices.shape[1] - 1)
+    return torch.where(indices.gather(1, position) == candidates, order.gather(1, position), -1)
+
+
+def relative_to_mean(values: torch.Tensor, floor: float = 1e-3) -> torch.Tensor:
+    """V / E[V] per group, as the next-state distance of d_q needs it: values (G, B) -> (G, B).
+
+    The mean's magnitude is kept from falling under `floor`, with its sign, so that values around zero do not blow up.
+    """
+    mean = values.mean(dim=1, keepdim=True)
+    return values / torch.copysign(mean.abs().clamp(min=floor), mean)
+
+
+def rank_probabilities(alpha: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """Equation (3): probability of ranks 1 ... num_ranks, proportional to rank^-alpha; (G,) -> (G, num_ranks) float64."""
+    ranks = torch.arange(1, num_ranks + 1, dtype=torch.float64, device=alpha.device)
+    return torch.softmax(-alpha.double().unsqueeze(1) * ranks.log(), dim=1)
+
+
+def draw_by_rank(
+    distances: torch.Tensor,
+    alpha: torch.Tensor,
+    num_samples: int,
+    replacement: bool = True,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Draw candidates with probability proportional to rank^-alpha, equation (3); rank 1 is the smallest distance.
+
+    Args:
+        distances: (G, B) next-state distances; equal ones are ranked in random order, NaN ranks last.
+        alpha: (G,) degree of the correction; 0 draws uniformly.
+        num_samples: how many to draw, at most B without replacement.
+        replacement: independent draws, or each candidate at most once (one after another, by Gumbel top-k).
+
+    Returns:
+        (G, num_samples) positions in `distances`.
+    """
+    num_groups, num_candidates = distances.shape
+    device = distances.device
+    shuffle = torch.rand(distances.shape, generator=generator, device=device).argsort(dim=1)
+    by_rank = shuffle.gather(1, distances.gather(1, shuffle).argsort(dim=1, stable=True))
+    probabilities = rank_probabilities(alpha, num_candidates)
+    if replacement:
+        # Ranks are a permutation, so their probabilities are known before they are: inverse CDF.
+        uniform = torch.rand(
+            num_groups, num_samples, generator=generator, device=device, dtype=torch.float64
+        )
+        rank = torch.searchsorted(probabilities.cumsum(dim=1), uniform)
+        rank = rank.clamp(max=num_candidates - 1)
+    else:
+        exponential = torch.empty_like(probabilities).exponential_(generator=generator)
+        rank = (probabilities.log() - exponential.log()).topk(num_samples, dim=1).indices
+    return by_rank.gather(1, rank)
+
+
+def adapt_alpha(
+    alpha: torch.Tensor, distance: torch.Tensor, previous: torch.Tensor
+) -> torch.Tensor:
+    """Equation (4): alpha^k = alpha^{k-1} * D^k / D^{k-1}, all (G,); alpha stays where a distance is 0 or not finite."""
+    ratio = distance / previous
+    return torch.where(usable(distance) & usable(previous), alpha * ratio, alpha)
+
+
+def usable(distance: torch.Tensor) -> torch.Tensor:
+    """Whether a mean transition distance can enter equation (4): finite and above zero."""
+    return torch.isfinite(distance) & (distance > 0)
+
+
+def unique_fraction(index: torch.Tensor) -> torch.Tensor:
+    """Share of different transitions in a batch: (G, n) -> (G,)."""
+    ordered = index.sort(dim=1).values
+    return ((ordered.diff(dim=1) != 0).sum(dim=1) + 1) / index.shape[1]
+
+
+def effective_sample_size(alpha: torch.Tensor, num_candidates: int) -> torch.Tensor:
+    """1 / sum of squared rank probabilities: how many candidates the draw amounts to; (G,) -> (G,)."""
+    return 1 / rank_probabilities(alpha, num_candidates).square().sum(dim=1)
+
+
+class Priorities:
+    """Draws in proportion to one priority per transition: a sum tree of two levels, for Balanced Replay.
+
+    Priorities live in blocks of `BLOCK`; a draw picks a block by the blocks' sums, then an item inside it.
+    """
+
+    BLOCK = 1024
+
+    def __init__(self, num_groups: int, size: int, device: torch.device | str = "cpu"):
+        num_blocks = -(-size // self.BLOCK)
+        self.size = size
+        self.values = torch.zeros(num_groups, num_blocks, self.BLOCK, device=device)
+        self.sums = torch.zeros(num_groups, num_blocks, device=device, dtype=torch.float64)
+
+    def fill(self, start: int, stop: int, priority: float) -> None:
+        """Give the transitions start ... stop-1 of every group the same priority."""
+        self.values.flatten(1)[:, start:stop] = priority
+        self.sums.copy_(self.values.sum(dim=2, dtype=torch.float64))
+
+    def update(self, index: torch.Tensor, priority: torch.Tensor) -> None:
+        """Set the priorities (G, n) of the transitions `index` (G, n); of equal indices one wins."""
+        self.values.flatten(1).scatter_(1, index, priority)
+        block = index // self.BLOCK
+        self.sums.scatter_(1, block, self._blocks(block).sum(dim=2, dtype=torch.float64))
+
+    def draw(self, num_samples: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """(G, num_samples) indices, one from each of num_samples slices of equal mass."""
+        ends = self.sums.cumsum(dim=1)
+        offset = torch.rand(
+            ends.shape[0], num_samples, generator=generator, device=ends.device, dtype=ends.dtype
+        )
+        mass = (torch.arange(num_samples, device=ends.device) + offset) / num_samples * ends[:, -1:]
+        block = torch.searchsorted(ends, mass, right=True).clamp(max=ends.shape[1] - 1)
+        inside = self._blocks(block).double().cumsum(dim=2)  # (G, num_samples, BLOCK)
+        rest = mass - (ends.gather(1, block) - self.sums.gather(1, block))
+        # Rounding may leave `rest` at the block's end, where only padding follows.
+        rest = torch.minimum(rest, inside[..., -1] * (1 - 1e-9)).clamp(min=0)
+        item = torch.searchsorted(inside, rest.unsqueeze(2), right=True).squeeze(2)
+        return block * self.BLOCK + item.clamp(max=self.BLOCK - 1)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All priorities."""
+        return {"values": self.values, "sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Put back what `state_dict` returned."""
+        self.values.copy_(state["values"])
+        self.sums.copy_(state["sums"])
+
+    def _blocks(self, block: torch.Tensor) -> torch.Tensor:
+        """(G, n) block numbers -> (G, n, BLOCK) priorities."""
+        groups = torch.arange(block.shape[0], device=block.device).unsqueeze(1)
+        return self.values[groups, block]
