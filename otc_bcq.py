@@ -548,7 +548,7 @@ def deploy(envs, agent: BCQ, steps: int, seed, device: torch.device):
     latest_begin = max(0, steps - envs.max_episode_steps)
     for t in range(steps):
         actions = act(agent, obs, S, device)
-        next_obs, rewards, terminations, truncations, final_obs = envs.step(actions)
+        next_obs, rewards, terminations, truncations, final_obs = envs.step(envs.to_box(actions))
         step_data = (obs, actions, rewards, final_obs, terminations)
         for array, value in zip(data.values(), step_data, strict=True):
             array[:, t] = value
@@ -567,7 +567,7 @@ def evaluate(envs, agent: BCQ, num_seeds: int, seed, device: torch.device) -> li
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
     while running.any():
         actions = act(agent, obs, num_seeds, device)
-        obs, rewards, terminations, truncations, _ = envs.step(actions)
+        obs, rewards, terminations, truncations, _ = envs.step(envs.to_box(actions))
         returns += rewards * running
         running &= ~(terminations | truncations)
     return returns.reshape(num_seeds, -1).tolist()

@@ -4,8 +4,9 @@
 
 replays a file's `infos/qpos, infos/qvel` through the simulator and says how well the two agree.
 
-D4RL's layout is one HDF5 file: `observations`, `actions` (all agents' side by side), `rewards`, `terminals`,
-`timeouts` and, best, `next_observations`; a row is a transition, episodes follow one another.
+D4RL's layout is one HDF5 file: `observations`, `actions` (all agents' side by side), `rewards`,
+`terminals`, `timeouts` and, best, `next_observations`; a row is a transition, episodes follow one
+another.
 """
 
 import argparse
@@ -39,7 +40,7 @@ KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
 @dataclass
 class TeamDataset:
-    """n transitions of a team; the second dimension of obs is 1 where all agents see the same, else N."""
+    """n transitions of a team of N agents; where all see the same, obs holds it once."""
 
     obs: np.ndarray
     """(n, 1 or N, obs_dim) float32"""
@@ -52,7 +53,7 @@ class TeamDataset:
     terminations: np.ndarray
     """(n,) bool: next_obs is worth nothing"""
     truncations: np.ndarray
-    """(n,) bool: the rows of an episode end here for another reason (time limit, end or cut of the data)"""
+    """(n,) bool: the episode ends here otherwise: time limit, end or cut of the data"""
     source: str
     """which data this is, in one line"""
 
@@ -60,8 +61,8 @@ class TeamDataset:
         return len(self.rewards)
 
     def agent(self, i: int) -> dict[str, np.ndarray]:
-        """Agent i's own dataset: obs and next_obs (n, obs_dim), its actions (n, action_dim) and no other's,
-        rewards, terminations and truncations (n,)."""
+        """Agent i's own dataset: obs, next_obs (n, obs_dim), its actions (n, action_dim) and no
+        other's, rewards, terminations and truncations (n,)."""
         seen = i if self.obs.shape[1] > 1 else 0
         return {
             "obs": self.obs[:, seen],
@@ -77,8 +78,9 @@ class TeamDataset:
 
 
 def parse_env(env: str) -> tuple[str, str]:
-    """ "halfcheetah-medium" -> ("halfcheetah", "medium"); without a quality, or for `package.module:factory`, it is "".
+    """(task, quality): halfcheetah-medium is ("halfcheetah", "medium").
 
+    The quality is "" where `env` names none, as `package.module:factory` never does.
     Raises InputError for an unknown task or quality.
     """
     if ":" in env:
@@ -100,11 +102,11 @@ def cache_dir() -> Path:
 def load(
     env: str, dataset: str = "built-in", size: int | None = None, split: str | None = None
 ) -> TeamDataset:
-    """The data of `env`, "task-quality" or "package.module:factory" (then `dataset` must be a file).
+    """The data of `env`, task-quality or package.module:factory (then `dataset` must be a file).
 
-    `dataset` is built-in, d4rl, minari, a Minari id or a file in D4RL's layout. Built-in data is made once and
-    d4rl and minari fetched once. `size` is the number of transitions: built-in data is made at that size; of
-    other data whole episodes are taken, spread evenly over the file, the last one cut.
+    `dataset` is built-in, d4rl, minari, a Minari id or a file in D4RL's layout. Built-in data is
+    made once, d4rl and minari are fetched once. `size` is the number of transitions: built-in data
+    is made at that size; of other data whole episodes are taken, spread evenly, the last one cut.
     Raises InputError for whatever is wrong with the names, the size or the data.
     """
     task, quality = parse_env(env)
@@ -150,7 +152,7 @@ def load(
 
 
 def _team(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> TeamDataset:
-    """Checks arrays named as in D4RL and lays them out for the team; takes the arrays out of `data`."""
+    """Checks arrays named as in D4RL and lays them out for the team; empties `data`."""
     lengths = {key: len(data[key]) for key in data}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{key} {n}" for key, n in lengths.items())
@@ -190,6 +192,7 @@ def _team(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> TeamD
             f"{vec.action_low.min():g} to {vec.action_high.max():g}, by up to {excess.max():.3g}"
         )
     np.clip(actions, vec.action_low, vec.action_high, out=actions)
+    actions = vec.from_box(actions)
 
     obs = data.pop("observations").reshape(n, -1, obs_dim)
     rewards = data.pop("rewards").reshape(n)
@@ -214,16 +217,16 @@ def _team(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> TeamD
 
 
 def _next_unknown(terminals: np.ndarray, timeouts: np.ndarray) -> np.ndarray:
-    """(n,) bool: the rows that are of no use in a file without next_observations. The next row's obs is the next
-    state, but not after a timeout or at the end of the file; after a terminal row it does not matter."""
+    """(n,) bool: the rows of no use in a file without next_observations. The next row's obs is the
+    next state, but not after a timeout or at the end; after a terminal row it does not matter."""
     unknown = timeouts & ~terminals
     unknown[-1] = not terminals[-1]
     return unknown
 
 
 def _thin(team: TeamDataset, size: int) -> TeamDataset:
-    """`size` rows: an episode is taken whenever less than its share of all rows up to its end has been taken, so that
-    the episodes are spread evenly over the data; the last one is cut, as a truncation."""
+    """`size` rows in whole episodes spread evenly over the data: an episode is taken whenever less
+    than size/n of all rows up to its end are. The last one is cut, as a truncation."""
     ends = np.flatnonzero(team.terminations | team.truncations) + 1
     rows, taken, start = [], 0, 0
     for end in ends.tolist():
@@ -246,19 +249,18 @@ def _open(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        raise InputError(
-            f"{path} is not a readable HDF5 file (damaged, cut short?): {error}"
-        ) from error
+        raise InputError(f"{path} is no readable HDF5 file (cut short?): {error}") from error
 
 
 def _read_hdf5(path: Path) -> dict[str, np.ndarray]:
-    """The KEYS of a file, and next_observations if it has them: float32, flags bool, converted while reading."""
+    """KEYS, and next_observations where present, in the file's shapes: float32, flags bool."""
     data = {}
     with _open(path) as file:
         missing = [key for key in KEYS if not isinstance(file.get(key), h5py.Dataset)]
         if missing:
             raise InputError(
-                f"{path} is not in D4RL's layout: no {', '.join(missing)}; it has {', '.join(file) or 'nothing'}"
+                f"{path} is not in D4RL's layout: no {', '.join(missing)}; "
+                f"it has {', '.join(file) or 'nothing'}"
             )
         for key in (*KEYS, "next_observations"):
             if key not in file:
@@ -299,15 +301,13 @@ def _built_in(task: str, quality: str, size: int | None) -> Path:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(
-                f"cannot write to {path.parent} ({error}); set OTC_CACHE_DIR"
-            ) from error
+            raise InputError(f"cannot write to OTC_CACHE_DIR {path.parent}: {error}") from error
         make(task, quality, size, path)
     return path
 
 
 def _d4rl(task: str, quality: str) -> Path:
-    """D4RL's v2 file in $D4RL_DATASET_DIR or ~/.d4rl/datasets, downloaded first where it is not there yet."""
+    """D4RL's v2 file in $D4RL_DATASET_DIR or ~/.d4rl/datasets, downloaded first if not there."""
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
     path = folder / f"{task}_{quality.replace('-', '_')}-v2.hdf5"
     if not path.exists():
@@ -316,7 +316,7 @@ def _d4rl(task: str, quality: str) -> Path:
 
 
 def _download(url: str, path: Path) -> None:
-    """`url` -> `path` by way of `path.partial`, which the next call continues if this one is cut off."""
+    """`url` -> `path` through `path.partial`, which the next call continues if this one is cut."""
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -371,7 +371,7 @@ def _show_progress(done: int, total: int | None) -> None:
 
 
 def _read_minari(dataset_id: str) -> dict[str, np.ndarray]:
-    """A Minari dataset, downloaded where it is not there yet; its episodes have one observation more than actions."""
+    """A Minari dataset, local or downloaded; its episodes hold one observation more than rows."""
     try:
         import minari
     except ImportError as error:
@@ -409,10 +409,11 @@ def _read_minari(dataset_id: str) -> dict[str, np.ndarray]:
 
 
 def check(path: Path, task: str, rows: int = 10_000, seed: int = 0) -> dict[str, np.ndarray]:
-    """Steps the simulator from `rows` rows of a file, chosen by `seed`, and compares what it says with the file.
+    """Steps the simulator from `rows` rows of a file, chosen by `seed`, and compares.
 
-    Row t's `infos/qpos, infos/qvel` are the state before its action. Returns the largest absolute difference of each
-    row, observations, next_observations (nan: not in the file) and rewards (m,) float64, and terminals (m,) bool.
+    Row t's `infos/qpos, infos/qvel` are the state before its action. Returns each row's largest
+    absolute difference, (m,) float64: observations, next_observations (nan: not in the file),
+    rewards; and terminals (m,) bool.
     Raises InputError for a file without these keys or of other widths than the task's.
     """
     vec = make_vec(task, 1, 0)
@@ -425,14 +426,12 @@ def check(path: Path, task: str, rows: int = 10_000, seed: int = 0) -> dict[str,
     row = np.arange(len(team)) if all_known else np.flatnonzero(~_next_unknown(terminals, timeouts))
     states = []
     with _open(path) as file:
-        for key, values in zip(("infos/qpos", "infos/qvel"), vec.qpos_qvel()):
-            shape = (len(terminals), values.shape[1])
-            if key not in file or file[key].shape != shape:
-                found = file[key].shape if key in file else "nothing"
-                raise InputError(
-                    f"{path}: expected {key} of shape {shape} for {task}, found {found}"
-                )
-            states.append(file[key][...])
+        for key, values in zip(("infos/qpos", "infos/qvel"), vec.qpos_qvel(), strict=True):
+            shape, has = (len(terminals), values.shape[1]), file.get(key)
+            if not isinstance(has, h5py.Dataset) or has.shape != shape:
+                has = f"shape {has.shape}" if isinstance(has, h5py.Dataset) else "none"
+                raise InputError(f"{path}: expected {key} of shape {shape} for {task}, found {has}")
+            states.append(has[...])
     chosen = np.sort(np.random.default_rng(seed).permutation(len(team))[:rows])
     found = {key: np.empty(len(chosen)) for key in ("observations", "next_observations", "rewards")}
     for k, t in enumerate(chosen):
@@ -442,34 +441,32 @@ def check(path: Path, task: str, rows: int = 10_000, seed: int = 0) -> dict[str,
         found["next_observations"][k] = np.abs(next_obs[0] - team.next_obs[t]).max()
         found["rewards"][k] = abs(float(rewards[0]) - team.rewards[t])
     vec.close()
-    found = {key: np.nan_to_num(values, nan=np.inf) for key, values in found.items()}
+    found = {key: np.where(np.isnan(values), np.inf, values) for key, values in found.items()}
     if not all_known:
         found["next_observations"][team.terminations[chosen]] = np.nan  # not in the file
     return {**found, "terminals": team.terminations[chosen]}
 
 
 def agreement(found: dict[str, np.ndarray]) -> tuple[str, bool]:
-    """What `check` found as a table, and whether at least 95 % of next states and rewards agree to 1e-4."""
+    """What `check` found as a table; whether 95 % of next states and rewards agree to 1e-4."""
     ended = found["terminals"]
-    lines = [f"{'absolute difference':28}{'median':>10}{'max':>10}{'within 1e-4':>14}"]
+    table = {
+        "observations": found["observations"],
+        "next_observations": found["next_observations"][~np.isnan(found["next_observations"])],
+        "rewards": found["rewards"][~ended],
+        "rewards of terminal rows": found["rewards"][ended],
+    }
+    lines = [f"{'absolute difference':26}{'rows':>9}{'median':>11}{'max':>11}{'within 1e-4':>14}"]
     agree = True
-    for key, values in (
-        ("observations", found["observations"]),
-        ("next_observations", found["next_observations"]),
-        ("rewards", found["rewards"][~ended]),
-        ("rewards of terminal rows", found["rewards"][ended]),
-    ):
-        values = values[~np.isnan(values)]
-        if not len(values):
-            continue
-        share = (values <= 1e-4).mean()
-        lines.append(f"{key:28}{np.median(values):10.2e}{values.max():10.2e}{100 * share:12.2f} %")
-        agree &= share >= 0.95 or key == "rewards of terminal rows"
+    for key, values in table.items():
+        if len(values):
+            share = (values <= 1e-4).mean()
+            numbers = f"{len(values):9,}{np.median(values):11.2e}{values.max():11.2e}"
+            lines.append(f"{key:26}{numbers}{100 * share:12.2f} %")
+            agree &= bool(share >= 0.95) or key == "rewards of terminal rows"
     if ended.any():
-        lines.append(
-            "In terminal rows D4RL v2 still pays the bonus of 1 for being healthy, Gymnasium's v5 does not."
-        )
-    lines.append(f"data and simulator {'agree' if agree else 'DISAGREE'}")
+        lines.append("Terminal rows: D4RL v2 pays the healthy bonus of 1, Gymnasium's v5 does not.")
+    lines.append(f"Data and simulator {'agree' if agree else 'DISAGREE'}.")
     return "\n".join(lines), agree
 
 
@@ -484,19 +481,12 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.rows < 1 or args.seed < 0:
-            raise InputError(
-                f"--rows {args.rows} --seed {args.seed}: expected 1 or more, 0 or more"
-            )
-        env = args.env or next((task for task in TASKS if args.file.name.startswith(task)), None)
-        if env is None:
-            raise InputError(
-                f"{args.file.name} names no task, add --env with one of {', '.join(TASKS)}"
-            )
-        task = parse_env(env)[0]
+            raise InputError(f"--rows {args.rows} --seed {args.seed}: expected at least 1 and 0")
+        task = next((task for task in TASKS if args.file.name.startswith(task)), "")
+        if args.env:
+            task = parse_env(args.env)[0]
         if task not in TASKS:
-            raise InputError(
-                f"--env {env} has no qpos and qvel, expected one of {', '.join(TASKS)}"
-            )
+            raise InputError(f"which task is {args.file}? --env {', '.join(TASKS)}")
         found = check(args.file, task, args.rows, args.seed)
     except InputError as error:
         print(error, file=sys.stderr)

@@ -94,7 +94,10 @@ def columns(task: str) -> dict[str, tuple[tuple[int, ...], type]]:
         "next_observations": (obs, np.float32),
         "terminals": ((), np.bool_),
         "timeouts": ((), np.bool_),
-        "infos/qpos": ((env.model.nq,), np.float64),  # exact, so that a replay agrees to the last digits
+        "infos/qpos": (
+            (env.model.nq,),
+            np.float64,
+        ),  # exact, so that a replay agrees to the last digits
         "infos/qvel": ((env.model.nv,), np.float64),
     }
 
@@ -146,6 +149,12 @@ def plan(task: str, quality: str, size: int) -> list[tuple[int, list[Chunk]]]:
 
 
 # --- Worker processes ---
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 class Workers:
@@ -287,7 +296,9 @@ def make(
     Raises InputError for unknown names, a size below 1 and a place that cannot be written to.
     """
     if quality not in QUALITIES:
-        raise InputError(f"unknown built-in data quality {quality!r}: {nearest(quality, QUALITIES)}")
+        raise InputError(
+            f"unknown built-in data quality {quality!r}: {nearest(quality, QUALITIES)}"
+        )
     if size < 1:
         raise InputError(f"built-in data of {size} transitions: expected at least 1")
     load_policies(task)
@@ -306,9 +317,11 @@ def make(
             fcntl.flock(lock, fcntl.LOCK_EX)
             if path.exists():
                 return
+            if not partial.exists():  # the other failed and took the locked file away
+                return make(task, quality, size, path, num_workers)
         try:
             with h5py.File(partial, "w", locking=False) as file:
-                _write(file, task, quality, size, num_workers or len(os.sched_getaffinity(0)))
+                _write(file, task, quality, size, num_workers or num_cores())
             os.fsync(lock.fileno())
             os.replace(partial, path)
         except BaseException:

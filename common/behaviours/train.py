@@ -37,7 +37,12 @@ class Args:
 
 def actor_arrays(actor: torch.nn.Module) -> dict[str, np.ndarray]:
     """stable-baselines3's SAC actor as float32 arrays, weights (in, out)."""
-    layers = {"0": actor.latent_pi[0], "1": actor.latent_pi[2], "_mean": actor.mu, "_log_std": actor.log_std}
+    layers = {
+        "0": actor.latent_pi[0],
+        "1": actor.latent_pi[2],
+        "_mean": actor.mu,
+        "_log_std": actor.log_std,
+    }
     arrays = {}
     for name, layer in layers.items():
         arrays["w" + name] = layer.weight.detach().cpu().numpy().T.copy()

@@ -69,18 +69,37 @@ class VecEnv:
         self.action_low, self.action_high = teams[0].action_low, teams[0].action_high
         self.action_dim = self.action_low.shape[1]
         self.max_episode_steps = teams[0].max_episode_steps
-        # None after the first reset: a team's generator then goes on where it stands
-        self.seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(self.num_envs)]
+        self.unit_box = bool((self.action_low == -1).all() and (self.action_high == 1).all())
+        self.first_seed = seed
         self.elapsed = np.zeros(self.num_envs, dtype=np.int64)  # steps of each running episode
 
-    def reset(self) -> np.ndarray:
-        """Start an episode in every team -> obs (E, N, obs_dim) float32."""
+    def reset(self, seed: int | tuple[int, ...] | None = None) -> np.ndarray:
+        """Start an episode in every team -> obs (E, N, obs_dim) float32.
+
+        With a seed (also the first time, with that of `make_vec`), team e is seeded with number e
+        of `np.random.SeedSequence(seed).generate_state(E)`; without, its generator goes on.
+        """
+        seed, self.first_seed = (self.first_seed if seed is None else seed), None
+        seeds = [None] * self.num_envs
+        if seed is not None:
+            seeds = np.random.SeedSequence(seed).generate_state(self.num_envs).tolist()
         obs = np.empty((self.num_envs, self.num_agents, self.obs_dim), dtype=np.float32)
         for e, team in enumerate(self.teams):
-            obs[e] = team.reset(self.seeds[e])
-        self.seeds = [None] * self.num_envs
+            obs[e] = team.reset(seeds[e])
         self.elapsed[:] = 0
         return obs
+
+    def to_box(self, actions: np.ndarray) -> np.ndarray:
+        """Actions in [-1, 1], as the learners have them, in the agents' boxes: (..., N, A)."""
+        if self.unit_box:
+            return actions
+        return self.action_low + (actions + 1) / 2 * (self.action_high - self.action_low)
+
+    def from_box(self, actions: np.ndarray) -> np.ndarray:
+        """The inverse of `to_box`."""
+        if self.unit_box:
+            return actions
+        return 2 * (actions - self.action_low) / (self.action_high - self.action_low) - 1
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
         """One step of every team with actions (E, N, action_dim).
