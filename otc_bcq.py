@@ -675,6 +675,7 @@ def main(args: Args) -> None:
             run.save(state())
         # Lines 9 to 16: fine-tune to pi^k
         train(finetune, args.finetune_updates)
+    run.save(state())
     returns = evaluate(eval_envs, agent, S, (args.seed, args.deployments + 1), device)
     total_steps = args.deployments * num_steps
     run.record_return(args.deployments, total_steps, returns, transitions.alpha.view(S, N))

@@ -298,10 +298,6 @@ def _built_in(task: str, quality: str, size: int | None) -> Path:
     if not path.exists():
         from common.behaviours.rollout import make
 
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to OTC_CACHE_DIR {path.parent}: {error}") from error
         make(task, quality, size, path)
     return path
 
@@ -447,8 +443,11 @@ def check(path: Path, task: str, rows: int = 10_000, seed: int = 0) -> dict[str,
     return {**found, "terminals": team.terminations[chosen]}
 
 
-def agreement(found: dict[str, np.ndarray]) -> tuple[str, bool]:
-    """What `check` found as a table; whether 95 % of next states and rewards agree to 1e-4."""
+def agreement(found: dict[str, np.ndarray], task: str) -> tuple[str, bool]:
+    """What `check` found as a table; whether 95 % of next states and rewards agree to 1e-4.
+
+    Not judged are the rewards of terminal rows, and Ant's.
+    """
     ended = found["terminals"]
     table = {
         "observations": found["observations"],
@@ -463,9 +462,13 @@ def agreement(found: dict[str, np.ndarray]) -> tuple[str, bool]:
             share = (values <= 1e-4).mean()
             numbers = f"{len(values):9,}{np.median(values):11.2e}{values.max():11.2e}"
             lines.append(f"{key:26}{numbers}{100 * share:12.2f} %")
-            agree &= bool(share >= 0.95) or key == "rewards of terminal rows"
+            judged = key == "next_observations" or (key == "rewards" and task != "ant")
+            agree &= not judged or bool(share >= 0.95)
     if ended.any():
         lines.append("Terminal rows: D4RL v2 pays the healthy bonus of 1, Gymnasium's v5 does not.")
+    if task == "ant":
+        # it measures speed from a torso position that is one simulation substep old
+        lines.append("Rewards: Ant's depend a little on the step before, which is not replayed.")
     lines.append(f"Data and simulator {'agree' if agree else 'DISAGREE'}.")
     return "\n".join(lines), agree
 
@@ -491,7 +494,7 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    text, agree = agreement(found)
+    text, agree = agreement(found, task)
     print(f"{args.file}: {len(found['rewards']):,} rows replayed in {task}\n{text}")
     return 0 if agree else 1
 

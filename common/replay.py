@@ -66,10 +66,22 @@ class Replay:
         """Merge one deployment: B^k = B^{k-1} with D^k (Algorithm 1, line 5).
 
         Shapes: obs, next_obs (S, M, N, obs_dim), actions (S, M, N, action_dim), rewards, terminations (S, M).
+        Raises ValueError for other shapes, and for more deployments than there is room for.
         """
         start = int(self.num_online)
-        if rewards.shape != (self.num_seeds, self.deployment_steps):
-            raise ValueError(f"expected (S, M) = {(self.num_seeds, self.deployment_steps)} rewards")
+        if start + self.deployment_steps > self.capacity:
+            raise ValueError(f"no room for another deployment: {start} of {self.capacity} rows used")
+        each = (self.num_seeds, self.deployment_steps)
+        team = (*each, self.num_agents)
+        for name, array, shape in (
+            ("obs", obs, (*team, self.obs.shape[2])),
+            ("actions", actions, (*team, self.actions.shape[2])),
+            ("rewards", rewards, each),
+            ("next_obs", next_obs, (*team, self.obs.shape[2])),
+            ("terminations", terminations, each),
+        ):
+            if array.shape != shape:
+                raise ValueError(f"expected {name} of shape {shape}, not {tuple(array.shape)}")
         for s in range(self.num_seeds):
             first = self.num_offline + s * self.capacity + start
             rows = slice(first, first + self.deployment_steps)

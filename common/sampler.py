@@ -99,8 +99,13 @@ def relative_to_mean(values: torch.Tensor, floor: float = 1e-3) -> torch.Tensor:
 
 def rank_probabilities(alpha: torch.Tensor, num_ranks: int) -> torch.Tensor:
     """Equation (3): probability of ranks 1 ... num_ranks, proportional to rank^-alpha; (G,) -> (G, num_ranks) float64."""
+    return torch.softmax(rank_logits(alpha, num_ranks), dim=1)
+
+
+def rank_logits(alpha: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """log(rank^-alpha) of ranks 1 ... num_ranks; (G,) -> (G, num_ranks) float64."""
     ranks = torch.arange(1, num_ranks + 1, dtype=torch.float64, device=alpha.device)
-    return torch.softmax(-alpha.double().unsqueeze(1) * ranks.log(), dim=1)
+    return -alpha.double().unsqueeze(1) * ranks.log()
 
 
 def draw_by_rank(
@@ -125,17 +130,19 @@ def draw_by_rank(
     device = distances.device
     shuffle = torch.rand(distances.shape, generator=generator, device=device).argsort(dim=1)
     by_rank = shuffle.gather(1, distances.gather(1, shuffle).argsort(dim=1, stable=True))
-    probabilities = rank_probabilities(alpha, num_candidates)
     if replacement:
         # Ranks are a permutation, so their probabilities are known before they are: inverse CDF.
         uniform = torch.rand(
             num_groups, num_samples, generator=generator, device=device, dtype=torch.float64
         )
-        rank = torch.searchsorted(probabilities.cumsum(dim=1), uniform)
+        ends = rank_probabilities(alpha, num_candidates).cumsum(dim=1)
+        rank = torch.searchsorted(ends, uniform)
         rank = rank.clamp(max=num_candidates - 1)
     else:
-        exponential = torch.empty_like(probabilities).exponential_(generator=generator)
-        rank = (probabilities.log() - exponential.log()).topk(num_samples, dim=1).indices
+        # Logits, not log-probabilities: at a large alpha all probabilities but the first underflow to 0.
+        logits = rank_logits(alpha, num_candidates)
+        exponential = torch.empty_like(logits).exponential_(generator=generator)
+        rank = (logits - exponential.log()).topk(num_samples, dim=1).indices
     return by_rank.gather(1, rank)
 
 
@@ -143,8 +150,8 @@ def adapt_alpha(
     alpha: torch.Tensor, distance: torch.Tensor, previous: torch.Tensor
 ) -> torch.Tensor:
     """Equation (4): alpha^k = alpha^{k-1} * D^k / D^{k-1}, all (G,); alpha stays where a distance is 0 or not finite."""
-    ratio = distance / previous
-    return torch.where(usable(distance) & usable(previous), alpha * ratio, alpha)
+    adapted = alpha * (distance / previous)
+    return torch.where(usable(distance) & usable(previous) & adapted.isfinite(), adapted, alpha)
 
 
 def usable(distance: torch.Tensor) -> torch.Tensor:
@@ -195,13 +202,14 @@ class Priorities:
             ends.shape[0], num_samples, generator=generator, device=ends.device, dtype=ends.dtype
         )
         mass = (torch.arange(num_samples, device=ends.device) + offset) / num_samples * ends[:, -1:]
+        # Rounding may leave `mass` or `rest` at the very end, where only padding follows.
+        mass = torch.minimum(mass, ends[:, -1:] * (1 - 1e-15))
         block = torch.searchsorted(ends, mass, right=True).clamp(max=ends.shape[1] - 1)
         inside = self._blocks(block).double().cumsum(dim=2)  # (G, num_samples, BLOCK)
         rest = mass - (ends.gather(1, block) - self.sums.gather(1, block))
-        # Rounding may leave `rest` at the block's end, where only padding follows.
-        rest = torch.minimum(rest, inside[..., -1] * (1 - 1e-9)).clamp(min=0)
+        rest = torch.minimum(rest, inside[..., -1] * (1 - 1e-15)).clamp(min=0)
         item = torch.searchsorted(inside, rest.unsqueeze(2), right=True).squeeze(2)
-        return block * self.BLOCK + item.clamp(max=self.BLOCK - 1)
+        return (block * self.BLOCK + item).clamp(max=self.size - 1)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All priorities."""

@@ -1,4 +1,4 @@
-"""The built-in datasets: layout, episodes, independence of the number of processes, nothing half-made."""
+"""The built-in datasets: layout, episodes, any number of processes, nothing left half-made."""
 
 import os
 import signal
@@ -182,7 +182,7 @@ def test_failure_leaves_nothing(policies, tmp_path, monkeypatch):
 
 
 def start_make(path: Path, size: int) -> subprocess.Popen:
-    """A process that makes halfcheetah-medium from the fake policies; leads its own process group."""
+    """A process, leading its own group, that makes halfcheetah-medium from fake policies."""
     script = (
         "import sys; from pathlib import Path; from common.behaviours import rollout\n"
         "rollout.POLICY_DIR = Path(sys.argv[1]).parent\n"
@@ -239,7 +239,7 @@ def test_two_at_once_make_it_once(policies, tmp_path):
 
 
 def test_select(tmp_path, monkeypatch):
-    """Snapshots whose returns are known: medium is the earliest near the target, replay is evenly spaced."""
+    """Returns are known: medium is the earliest near the target, replay is evenly spaced."""
     fakes = fake_policies("hopper", 41)
     for i in range(41):
         np.savez(tmp_path / f"{2500 * i:07d}.npz", **rollout.snapshot(fakes, i))

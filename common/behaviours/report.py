@@ -69,8 +69,8 @@ def draw(returns: dict[str, np.ndarray], path: Path) -> None:
         row[0].set_ylabel("episodes", fontsize=8)
     for axis in axes[-1]:
         axis.set_xlabel("return", fontsize=8)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower right", fontsize=8)
-    figure.tight_layout()
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", fontsize=8)
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

@@ -1,10 +1,11 @@
-"""Make a built-in dataset: roll the shipped policies out in parallel processes into one file in D4RL's layout.
+"""Make a built-in dataset: roll the shipped policies out in parallel processes into one file.
 
-The policies, `common/behaviours/{task}.npz`, are snapshots of one SAC training in increasing order:
-`w0 (S, obs_dim, 64) b0 (S, 64) w1 b1 w_mean b_mean w_log_std b_log_std`, `steps (S,)` environment steps trained
-(`steps[0]` is 0: freshly initialised), `medium` the index of the medium policy, `replay (R,)` the indices of those
-that make medium-replay. As in D4RL, `random` is the fresh policy and every policy acts stochastically. D4RL's
-medium-replay is what training had seen until it was medium; here its snapshots share the rows equally.
+The file has D4RL's layout. The policies, `common/behaviours/{task}.npz`, are S snapshots of one SAC
+training in increasing order: `w0 (S, obs_dim, 64) b0 (S, 64) w1 b1 w_mean b_mean w_log_std
+b_log_std`, `steps (S,)` environment steps trained (`steps[0]` is 0: freshly initialised), `medium`
+the index of the medium policy, `replay (R,)` the indices of those that make medium-replay.
+As in D4RL, `random` is the fresh policy and every policy acts stochastically. D4RL's medium-replay
+is what training had seen until it was medium; here its snapshots share the rows equally.
 """
 
 import fcntl
@@ -38,7 +39,10 @@ Policy = dict[str, np.ndarray]
 
 
 def load_policies(task: str) -> dict[str, np.ndarray]:
-    """The shipped policies of a task, arrays as at the top of this file. Raises InputError if there are none."""
+    """The shipped policies of a task, arrays as at the top of this file.
+
+    Raises InputError if there are none.
+    """
     path = POLICY_DIR / f"{task}.npz"
     if not path.exists():
         names = [p.stem for p in POLICY_DIR.glob("*.npz")]
@@ -53,7 +57,7 @@ def snapshot(policies: dict[str, np.ndarray], index: int) -> Policy:
 
 
 def sample_action(policy: Policy, obs: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """SAC's stochastic action (action_dim,) in (-1, 1) from obs (obs_dim,) and standard normal noise."""
+    """SAC's stochastic action (action_dim,) in [-1, 1] from obs (obs_dim,) and normal noise."""
     h = np.maximum(obs @ policy["w0"] + policy["b0"], 0)
     h = np.maximum(h @ policy["w1"] + policy["b1"], 0)
     mean = h @ policy["w_mean"] + policy["b_mean"]
@@ -84,7 +88,10 @@ def steps(task: str, policy: Policy, seed: np.random.SeedSequence) -> Iterator[t
 
 
 def columns(task: str) -> dict[str, tuple[tuple[int, ...], type]]:
-    """D4RL's keys, with the shape and type of a row; infos/qpos and infos/qvel are the state before the action."""
+    """D4RL's keys, with the shape and type of a row.
+
+    infos/qpos and infos/qvel are the state before the action, exact, so that it can be replayed.
+    """
     env = make_single(task).unwrapped
     obs, action = env.observation_space.shape, env.action_space.shape
     return {
@@ -94,17 +101,14 @@ def columns(task: str) -> dict[str, tuple[tuple[int, ...], type]]:
         "next_observations": (obs, np.float32),
         "terminals": ((), np.bool_),
         "timeouts": ((), np.bool_),
-        "infos/qpos": (
-            (env.model.nq,),
-            np.float64,
-        ),  # exact, so that a replay agrees to the last digits
+        "infos/qpos": ((env.model.nq,), np.float64),
         "infos/qvel": ((env.model.nv,), np.float64),
     }
 
 
 @dataclass
 class Chunk:
-    """Whole episodes of one environment until there are `rows` rows or more, but never more than `limit`."""
+    """Whole episodes of one environment until there are at least `rows` rows, at most `limit`."""
 
     task: str
     policy: Policy
@@ -120,25 +124,26 @@ class Chunk:
             n, ended = len(transitions), transition[4] or transition[5]
             if n == self.limit or (ended and n >= self.rows):
                 break
-        keys = columns(self.task).items()
-        return {k: np.array(v, dtype) for (k, (_, dtype)), v in zip(keys, zip(*transitions))}
+        values = zip(columns(self.task).items(), zip(*transitions, strict=True), strict=True)
+        return {key: np.array(rows, dtype) for (key, (_, dtype)), rows in values}
 
 
 def plan(task: str, quality: str, size: int) -> list[tuple[int, list[Chunk]]]:
-    """The parts of a dataset: (rows, the chunks whose first `rows` rows together are the part), one per policy.
+    """The parts of a dataset, one per policy: (rows, chunks); the first `rows` of the chunks' rows
+    are the part.
 
-    Chunks end with an episode, so that a part has one unfinished episode, its last, as D4RL's files do. Cutting
-    every chunk at a fixed row instead would leave out long episodes more often than short ones.
-    Depends on the arguments and the shipped policies alone.
+    Chunks end with an episode, so that only a part's last one can be unfinished, as in D4RL's
+    files. Cutting every chunk at a fixed row would leave out long episodes more often than short
+    ones. The plan depends on the arguments and the shipped policies alone.
     """
     policies = load_policies(task)
     indices = {"random": [0], "medium": [int(policies["medium"])]}.get(quality, policies["replay"])
-    # Where the policies get several episodes each, their shares are whole multiples of the time limit
+    # Where the policies get several episodes each, their shares are multiples of the time limit
     unit = 1_000 if size >= 4_000 * len(indices) else 1
     bounds = np.arange(len(indices) + 1) * size // (len(indices) * unit) * unit
     bounds[-1] = size
     parts = []
-    for part, (index, rows) in enumerate(zip(indices, np.diff(bounds).tolist())):
+    for part, (index, rows) in enumerate(zip(indices, np.diff(bounds).tolist(), strict=True)):
         policy, chunks = snapshot(policies, index), []
         for start in range(0, rows, CHUNK_ROWS):
             key = (zlib.crc32(f"{task}-{quality}".encode()), part, start)
@@ -160,8 +165,9 @@ def num_cores() -> int:
 class Workers:
     """Processes that roll chunks out, each driven by a thread.
 
-    They are plain subprocesses because multiprocessing would import the script that the user runs, and torch with
-    it, in each of them. They ignore Ctrl-C: leaving the `with` block ends them.
+    They are plain subprocesses because multiprocessing would import the script that the user runs,
+    and torch with it, in each of them. Ctrl-C does not reach them: leaving the `with` block ends
+    them.
     """
 
     def __init__(self, num_workers: int):
@@ -179,7 +185,7 @@ class Workers:
             self.idle.put(process)
 
     def submit(self, chunk: Chunk) -> Future:
-        """`chunk.roll()` in one of the processes. The future raises RuntimeError if the process dies."""
+        """`chunk.roll()` in one of the processes; the future raises RuntimeError if that dies."""
         return self.threads.submit(self._roll, chunk)
 
     def _roll(self, chunk: Chunk) -> dict[str, np.ndarray]:
@@ -288,11 +294,12 @@ def _write(file: h5py.File, task: str, quality: str, size: int, num_workers: int
 def make(
     task: str, quality: str, size: int, path: Path | str, num_workers: int | None = None
 ) -> None:
-    """Write `size` transitions of task's built-in data of `quality` to `path`, behind a progress bar.
+    """Write `size` transitions of task's built-in data to `path`, behind a progress bar.
 
-    The file depends on task, quality and size, not on `num_workers` (default: one per core). The last row of each
-    policy has timeouts=True even where the episode is unfinished: an episode of the file is whole if its last row
-    is terminal or its 1,000th. If another process is making `path`, waits for it instead.
+    `quality` is random, medium or medium-replay. The file depends on task, quality and size, not on
+    `num_workers` (default: one per core). The last row of each policy has timeouts=True even where
+    the episode is unfinished: an episode of the file is whole if its last row is terminal or its
+    1,000th. If another process is making `path`, waits for that instead.
     Raises InputError for unknown names, a size below 1 and a place that cannot be written to.
     """
     if quality not in QUALITIES:

@@ -2,9 +2,10 @@
 
     python -m common.behaviours.select --task hopper --snapshots snapshots/hopper
 
-Every snapshot acts stochastically for some episodes, kept in SNAPSHOTS/returns.csv, so that this can be run again
-while training goes on. `medium` is the snapshot whose mean return is nearest D4RL v2's medium, the earliest of those
-within 5 % of it; `replay` are snapshots evenly spaced in training steps from the fresh policy to medium.
+Every snapshot acts stochastically for some episodes, whose returns are kept in
+SNAPSHOTS/returns.csv, so that this can be run again while training goes on. `medium` is the
+snapshot whose mean return is nearest D4RL v2's medium, the earliest of those within 5 % of it;
+`replay` are snapshots evenly spaced in training steps from the fresh policy to medium.
 """
 
 import csv
@@ -37,8 +38,8 @@ class Args:
     """how many those are"""
     replay: int = 25
     """snapshots that make medium-replay"""
-    every: int = 1
-    """evaluate each k-th snapshot only"""
+    medium: int | None = None
+    """take the snapshot of this many training steps as medium"""
     out: Path | None = None
     """file to write, by default the shipped one"""
 
@@ -46,9 +47,8 @@ class Args:
 def episode_returns(task: str, policy: Policy, episodes: int, seed: tuple[int, ...]) -> np.ndarray:
     """Returns (episodes,) of whole episodes of the stochastic policy."""
     returns, total = [], 0.0
-    for _, _, reward, _, terminal, timeout, _, _ in steps(
-        task, policy, np.random.SeedSequence(seed)
-    ):
+    seeds = np.random.SeedSequence(seed)
+    for _, _, reward, _, terminal, timeout, _, _ in steps(task, policy, seeds):
         total += reward
         if terminal or timeout:
             returns.append(total)
@@ -58,7 +58,7 @@ def episode_returns(task: str, policy: Policy, episodes: int, seed: tuple[int, .
 
 
 class Evaluations:
-    """Returns of the snapshots in a folder, kept in returns.csv: a row is (training steps, return)."""
+    """Returns of the snapshots in a folder, kept in returns.csv: rows (training steps, return)."""
 
     def __init__(self, task: str, folder: Path):
         self.task, self.folder = task, folder
@@ -115,9 +115,14 @@ def main(args: Args) -> None:
     target, target_std = MEDIUM[args.task]
     available = sorted(int(p.stem) for p in args.snapshots.glob("[0-9]*.npz"))
     evaluations = Evaluations(args.task, args.snapshots)
-    for step in available[:: args.every]:
-        evaluations.run(step, args.episodes)
-    medium = choose_medium(evaluations, target, args.close, args.close_episodes)
+    medium = args.medium
+    if medium is None:
+        for step in available:
+            evaluations.run(step, args.episodes)
+        medium = choose_medium(evaluations, target, args.close, args.close_episodes)
+    elif medium not in available:
+        sys.exit(f"--medium {medium}: no such snapshot in {args.snapshots}")
+    evaluations.run(medium, args.close_episodes)
     grid = np.linspace(0, medium, args.replay)
     replay = sorted({min(available, key=lambda step: abs(step - g)) for g in grid})
     if len(replay) < 20:
