@@ -1,12 +1,14 @@
 """OTC on BCQ: online tuning for offline decentralised multi-agent reinforcement learning.
 
-Every agent learns a BCQ policy from its own logged data (s, a_i, r, s'), without the other agents' actions. The agents
-are then deployed K times for M steps; after each deployment they fine-tune on the merged data, where OTC (online
-transition correction) draws the transitions whose next states agree with what the latest deployment shows.
+Every agent learns a BCQ policy from its own logged data (s, a_i, r, s'), without the other agents'
+actions. The agents are then deployed K times for M steps; after each deployment they fine-tune on
+the merged data, where OTC (online transition correction) draws the transitions whose next states
+agree with what the latest deployment shows.
 
-Papers: OTC, Jiang and Lu, AAAI 2023; BCQ, Fujimoto et al., ICML 2019, https://arxiv.org/abs/1812.02900. Against BCQ's
-own code (https://github.com/sfujim/BCQ): agents and seeds are stacked, networks are 64-64 with learning rate 1e-4 and
-batch 128 (OTC's Table 3). What the OTC paper leaves open, and what is chosen here, is in docs/otc.md.
+Papers: OTC, Jiang and Lu, AAAI 2023; BCQ, Fujimoto et al., ICML 2019,
+https://arxiv.org/abs/1812.02900. Against BCQ's own code (https://github.com/sfujim/BCQ): agents and
+seeds are stacked, networks are 64-64 with learning rate 1e-4 and batch 128 (OTC's Table 3). What
+the OTC paper leaves open, and what is chosen here, is in docs/otc.md.
 
     python otc_bcq.py --env halfcheetah-medium
 
@@ -32,7 +34,8 @@ from common.replay import Replay
 class Args:
     # General arguments, the same in every script
     env: str = "halfcheetah-medium"
-    """task and data quality; or package.module:factory of a PettingZoo ParallelEnv, together with --dataset FILE"""
+    """task and data quality; or package.module:factory of a PettingZoo ParallelEnv, together with
+    --dataset FILE"""
     dataset: str = "built-in"
     """built-in, d4rl, minari, a D4RL-layout HDF5 file, or a Minari id"""
     dataset_size: int | None = None
@@ -68,8 +71,9 @@ class Args:
 
     # OTC arguments, the same in every script
     sampling: Literal["otc", "uniform", "balanced", "online", "offline"] = "otc"
-    """transitions of a fine-tuning update: otc; uniform over all data; balanced (Balanced Replay); online data only;
-    or offline data only, the control that further updates alone are measured by"""
+    """transitions of a fine-tuning update: otc; uniform over all data; balanced (Balanced Replay);
+    online data only; or offline data only, the control that further updates alone are measured
+    by"""
     candidates: int = 512
     """size of the minibatch B of all data that OTC draws from"""
     references: int = 2000
@@ -85,7 +89,8 @@ class Args:
     exclude_self_matches: bool = False
     """never match a candidate with itself"""
     distance_candidates: int = 25_600
-    """transitions of all data whose mean distance to the latest deployment's data enters equation (4)"""
+    """transitions of all data whose mean distance to the latest deployment's data enters equation
+    (4)"""
 
     # BCQ arguments
     finetune_updates: int = 4000
@@ -114,7 +119,8 @@ class Args:
     """latent size of the conditional VAE of the embedding distance"""
 
 
-# --- Networks: every tensor starts with the group dimension G, g = seed_index * num_agents + agent ---
+# --- Networks: every tensor starts with the group dimension G, g = seed_index * num_agents + agent
+# ---
 
 
 class Linear(nn.Module):
@@ -147,7 +153,8 @@ def mlp(num_groups: int, in_features: int, hidden_size: int, out_features: int) 
 
 
 class EmbeddingVAE(nn.Module):
-    """OTC's conditional VAE: encodes (s, a_i, s') into an embedding and decodes a_i from (s, s', z); section 3.5."""
+    """OTC's conditional VAE: encodes (s, a_i, s') into an embedding and decodes a_i from (s, s',
+    z); section 3.5."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int, latent_dim: int):
         super().__init__()
@@ -175,12 +182,14 @@ class EmbeddingVAE(nn.Module):
 
 
 def kl_divergence(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """KL of N(mean, std) from N(0, 1), averaged over batch and latent dimensions: (G, batch, latent) -> (G,)."""
+    """KL of N(mean, std) from N(0, 1), averaged over batch and latent dimensions: (G, batch,
+    latent) -> (G,)."""
     return -0.5 * (1 + 2 * log_std - mean.square() - (2 * log_std).exp()).mean((1, 2))
 
 
 class DensityRatio(nn.Module):
-    """Balanced Replay's w(s, a_i), how much likelier a pair is online than offline; Lee et al., CoRL 2021."""
+    """Balanced Replay's w(s, a_i), how much likelier a pair is online than offline; Lee et al.,
+    CoRL 2021."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int = 256):
         super().__init__()
@@ -240,7 +249,8 @@ class ActionVAE(nn.Module):
         self.decoder = mlp(G, obs_dim + self.latent_dim, hidden_size, action_dim)
 
     def forward(self, obs, actions):
-        """Reconstructed actions (G, batch, action_dim), mean and log-std of the latent (G, batch, latent_dim)."""
+        """Reconstructed actions (G, batch, action_dim), mean and log-std of the latent (G, batch,
+        latent_dim)."""
         mean, log_std = self.encoder(torch.cat([obs, actions], dim=2)).chunk(2, dim=2)
         log_std = log_std.clamp(-4, 15)
         z = mean + log_std.exp() * torch.randn_like(mean)
@@ -287,7 +297,8 @@ class BCQ(nn.Module):
         kl_loss = kl_divergence(mean, log_std)
         step(self.vae_optimizer, reconstruction_loss + 0.5 * kl_loss)
 
-        # Critics: y = r + gamma * max over decoded actions of the soft minimum of the target critics.
+        # Critics: y = r + gamma * max over decoded actions of the soft minimum of the target
+        # critics.
         with torch.no_grad():
             # (G, batch * candidates, obs_dim), the candidates of one state side by side
             next_obs = batch["next_obs"].repeat_interleave(args.num_target_actions, dim=1)
@@ -348,7 +359,9 @@ class BCQ(nn.Module):
 
     def get_extra_state(self):
         """The optimisers' states, so that `state_dict` holds the whole learner."""
-        return [o.state_dict() for o in (self.vae_optimizer, self.qf_optimizer, self.actor_optimizer)]
+        return [
+            o.state_dict() for o in (self.vae_optimizer, self.qf_optimizer, self.actor_optimizer)
+        ]
 
     def set_extra_state(self, state) -> None:
         optimizers = (self.vae_optimizer, self.qf_optimizer, self.actor_optimizer)
@@ -376,7 +389,8 @@ def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
 
 
 class TransitionSampler(nn.Module):
-    """Draws the transitions of every fine-tuning update (--sampling); Algorithm 1, lines 6 to 14."""
+    """Draws the transitions of every fine-tuning update (--sampling); Algorithm 1, lines 6 to
+    14."""
 
     def __init__(self, replay: Replay, args: Args):
         super().__init__()
@@ -401,24 +415,33 @@ class TransitionSampler(nn.Module):
             self.priorities = sampler.Priorities(G, size, device)
 
     def update_embedding(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """One update of the conditional VAE; it ends with the offline phase, so that distances stay comparable."""
+        """One update of the conditional VAE; it ends with the offline phase, so that distances stay
+        comparable."""
         error, kl = self.embedding.loss(batch["obs"], batch["actions"], batch["next_obs"])
         step(self.optimizer, error + 0.5 * kl)
-        return {"losses/embedding_reconstruction": error.detach(), "losses/embedding_kl": kl.detach()}
+        return {
+            "losses/embedding_reconstruction": error.detach(),
+            "losses/embedding_kl": kl.detach(),
+        }
 
     @torch.no_grad()
     def start_deployment(self, agent: BCQ, k: int) -> None:
-        """Once per deployment, after its data has been merged: adapt alpha, or begin a new density ratio."""
+        """Once per deployment, after its data has been merged: adapt alpha, or begin a new density
+        ratio."""
         replay, args = self.replay, self.args
         if args.sampling == "otc":
             # Equation (4), before any update: a large sample of B against the whole of D.
-            latest = replay.latest_start + torch.arange(replay.deployment_steps, device=replay.device)
+            latest = replay.latest_start + torch.arange(
+                replay.deployment_steps, device=replay.device
+            )
             candidates = replay.draw_merged(args.distance_candidates)
             latest = latest.expand(replay.num_groups, -1)
             distance = self.transition_distance(agent, candidates, latest).mean(1)
             if args.adaptive_alpha and k > 1:
                 alpha = sampler.adapt_alpha(self.alpha, distance, self.distance)
-                self.alpha.copy_(alpha if args.alpha_max is None else alpha.clamp(max=args.alpha_max))
+                self.alpha.copy_(
+                    alpha if args.alpha_max is None else alpha.clamp(max=args.alpha_max)
+                )
             usable = sampler.usable(distance)
             self.distance.copy_(torch.where(usable, distance, self.distance))
         elif args.sampling == "balanced":
@@ -452,7 +475,8 @@ class TransitionSampler(nn.Module):
 
     @torch.no_grad()
     def transition_distance(self, agent: BCQ, candidates: torch.Tensor, references: torch.Tensor):
-        """Distance of each candidate's next state to its best match's: indices (G, B), (G, D) -> (G, B)."""
+        """Distance of each candidate's next state to its best match's: indices (G, B), (G, D) ->
+        (G, B)."""
         exclude = None
         if self.args.exclude_self_matches:
             exclude = sampler.find_self_matches(candidates, references)
@@ -469,7 +493,8 @@ class TransitionSampler(nn.Module):
         features = torch.cat(features, dim=1)  # (G, B + D, embedding_dim or 2)
         b, d = features.split([candidates.shape[1], references.shape[1]], dim=1)
         if self.embedding is not None:
-            # One embedding of (s, a_i, s') stands for both e(s, a_i) and e(s'): the match's distance is the result.
+            # One embedding of (s, a_i, s') stands for both e(s, a_i) and e(s'): the match's
+            # distance is the result.
             return sampler.match_by_embedding(b, d, exclude)[1]
         match = sampler.match_by_value(b[..., 0], d[..., 0], exclude)
         v_next = sampler.relative_to_mean(b[..., 1])
@@ -477,7 +502,8 @@ class TransitionSampler(nn.Module):
         return (v_next - v_next_star).abs()
 
     def draw_balanced(self, batch_size: int = 256, temperature: float = 5.0) -> torch.Tensor:
-        """Balanced Replay: in proportion to the density ratio, which takes one update and is refreshed where drawn."""
+        """Balanced Replay: in proportion to the density ratio, which takes one update and is
+        refreshed where drawn."""
         replay = self.replay
         offline = replay.gather(replay.draw_offline(batch_size))
         online = replay.gather(replay.draw_online(batch_size))
@@ -522,7 +548,8 @@ class TransitionSampler(nn.Module):
 
 
 def act(agent: BCQ, obs: np.ndarray, num_seeds: int, device: torch.device) -> np.ndarray:
-    """Actions of every seed's team, E environments per seed: (S * E, N, obs_dim) -> (S * E, N, action_dim)."""
+    """Actions of every seed's team, E environments per seed: (S * E, N, obs_dim) -> (S * E, N,
+    action_dim)."""
     by_group = torch.as_tensor(obs).unflatten(0, (num_seeds, -1)).transpose(1, 2).flatten(0, 1)
     actions = agent.act(by_group.to(device))  # (G, E, action_dim)
     by_env = actions.unflatten(0, (num_seeds, -1)).transpose(1, 2).flatten(0, 1)
@@ -532,8 +559,9 @@ def act(agent: BCQ, obs: np.ndarray, num_seeds: int, device: torch.device) -> np
 def deploy(envs, agent: BCQ, steps: int, seed, device: torch.device):
     """Run pi^{k-1} for M steps, one environment per seed, without exploration.
 
-    Returns the arguments of `Replay.add`, and each seed's returns of the episodes that began early enough to end within
-    the M steps whatever their length, so that short episodes are not over-represented.
+    Returns the arguments of `Replay.add`, and each seed's returns of the episodes that began early
+    enough to end within the M steps whatever their length, so that short episodes are not
+    over-represented.
     """
     S, N = envs.num_envs, envs.num_agents
     obs = envs.reset(seed=seed)
@@ -634,12 +662,13 @@ def main(args: Args) -> None:
         return losses | transitions.diagnostics(index)
 
     def train(update: runs.Graphed, stop: int) -> None:
-        """The updates of a phase that are still to do, logged, checkpointed and open to interruption."""
+        """The updates of a phase that are still to do, logged, checkpointed and open to
+        interruption."""
         nonlocal done
         before = args.offline_updates + (phase - 1) * args.finetune_updates if phase else 0
         name = f"fine-tuning {phase}" if phase else "offline"
-        for done in run.updates(name, done, stop, before):
-            losses = update()
+        for number in run.updates(name, done, stop, before):
+            losses, done = update(), number
             if done % runs.LOG_EVERY == 0:
                 run.log_losses(losses, before + done)
                 obs = replay.gather(replay.draw_offline(args.batch_size))["obs"]
@@ -669,7 +698,10 @@ def main(args: Args) -> None:
             replay.add(**data)
             # Lines 6 to 8: alpha by equation (4)
             transitions.start_deployment(agent, k)
-            metrics = {"otc/alpha": alpha, "otc/transition_distance": transitions.distance.view(S, N)}
+            metrics = {
+                "otc/alpha": alpha,
+                "otc/transition_distance": transitions.distance.view(S, N),
+            }
             run.log(metrics | {"time/env_steps_per_second": torch.full((S,), steps_per_second)}, k)
             phase, done = k, 0
             run.save(state())

@@ -1,10 +1,13 @@
 """Offline data and growing online data on the device, drawn per group (agent and seed).
 
-The offline data is held once, whatever the number of seeds; each seed has its own online data. Observations and
-rewards belong to the team, actions are kept per agent: a group's batch holds its own agent's actions and no other's.
+The offline data is held once, whatever the number of seeds; each seed has its own online data.
+Observations and
+rewards belong to the team, actions are kept per agent: a group's batch holds its own agent's
+    actions and no other's.
 
-An index counts a group's own transitions: 0 ... num_offline-1 are offline, then come its online transitions in the
-order of their collection. Draws and gathers never wait for the host, so that they can be part of a CUDA graph.
+An index counts a group's own transitions: 0 ... num_offline-1 are offline, then come its online
+transitions in the order of their collection. Draws and gathers never wait for the host, so that
+they can be part of a CUDA graph.
 """
 
 import torch
@@ -13,7 +16,8 @@ from common.datasets import TeamDataset
 
 
 class Replay:
-    """Merged data B^k and latest online data D^k of every group, g = seed_index * num_agents + agent.
+    """Merged data B^k and latest online data D^k of every group, g = seed_index * num_agents +
+    agent.
 
     Args:
         dataset: the team's offline data, n transitions.
@@ -65,12 +69,15 @@ class Replay:
     def add(self, obs, actions, rewards, next_obs, terminations) -> None:
         """Merge one deployment: B^k = B^{k-1} with D^k (Algorithm 1, line 5).
 
-        Shapes: obs, next_obs (S, M, N, obs_dim), actions (S, M, N, action_dim), rewards, terminations (S, M).
-        Raises ValueError for other shapes, and for more deployments than there is room for.
+        Shapes: obs, next_obs (S, M, N, obs_dim), actions (S, M, N, action_dim), rewards,
+        terminations (S, M). Raises ValueError for other shapes, and for more deployments than there
+        is room for.
         """
         start = int(self.num_online)
         if start + self.deployment_steps > self.capacity:
-            raise ValueError(f"no room for another deployment: {start} of {self.capacity} rows used")
+            raise ValueError(
+                f"no room for another deployment: {start} of {self.capacity} rows used"
+            )
         each = (self.num_seeds, self.deployment_steps)
         team = (*each, self.num_agents)
         for name, array, shape in (
@@ -95,7 +102,8 @@ class Replay:
         self.num_online += self.deployment_steps
 
     def _draw(self, num_samples: int, size) -> torch.Tensor:
-        # float64: a float32 uniform has too few values to reach each of a million transitions equally often.
+        # float64: a float32 uniform has too few values to reach each of a million transitions
+        # equally often.
         shape = (self.num_groups, num_samples)
         return (torch.rand(shape, device=self.device, dtype=torch.float64) * size).long()
 
@@ -129,7 +137,8 @@ class Replay:
         """The transitions of `index` (G, n).
 
         Returns:
-            obs, next_obs (G, n, obs_dim), actions (G, n, action_dim), rewards, terminations (G, n); all float32.
+            obs, next_obs (G, n, obs_dim), actions (G, n, action_dim), rewards, terminations (G, n);
+            all float32.
         """
         row = index + self.is_online(index) * self.seed_rows
 
@@ -153,7 +162,9 @@ class Replay:
         """The online data collected so far; the offline data is loaded anew."""
         size = int(self.num_online)
         names = ("obs", "next_obs", "actions", "rewards", "terminations")
-        state = {name: self._online_rows(getattr(self, name))[:, :, :size].clone() for name in names}
+        state = {
+            name: self._online_rows(getattr(self, name))[:, :, :size].clone() for name in names
+        }
         return {**state, "num_online": self.num_online.clone()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:

@@ -1,4 +1,5 @@
-"""A run: its command line, folder, TensorBoard, returns.csv, checkpoints, progress and closing table."""
+"""A run: its command line, folder, TensorBoard, returns.csv, checkpoints, progress and closing
+table."""
 
 import csv
 import dataclasses
@@ -28,7 +29,8 @@ LOG_EVERY = 500  # updates between two rows of losses
 
 
 def cli(main: Callable, args_type: type) -> None:
-    """Parse the command line into `args_type` and call `main(args)`; InputError becomes its message and exit status 2."""
+    """Parse the command line into `args_type` and call `main(args)`; InputError becomes its message
+    and exit status 2."""
     try:
         main(parse(args_type))
     except InputError as error:
@@ -37,7 +39,8 @@ def cli(main: Callable, args_type: type) -> None:
 
 
 def parse(args_type: type, argv: list[str] | None = None):
-    """The arguments of `argv`; with --resume, those of the resumed run, from which no other flag may differ.
+    """The arguments of `argv`; with --resume, those of the resumed run, from which no other flag
+    may differ.
 
     Raises:
         InputError: a count out of range, or a flag that differs from the resumed run's.
@@ -54,7 +57,9 @@ def parse(args_type: type, argv: list[str] | None = None):
             was, now = getattr(stored, field.name), getattr(asked, field.name)
             if was != now:
                 flag = "--" + field.name.replace("_", "-")
-                raise InputError(f"--resume continues a run as it was: {flag} is {was} there, not {now}")
+                raise InputError(
+                    f"--resume continues a run as it was: {flag} is {was} there, not {now}"
+                )
         args = stored
     check(args)
     return args
@@ -69,7 +74,12 @@ def check(args) -> None:
     bounds = {"num_seeds": 1, "batch_size": 1, "candidates": 1, "references": 1, "dataset_size": 1}
     bounds |= {"deployment_steps": 1, "finetune_updates": 1, "eval_every": 1, "checkpoint_every": 1}
     bounds |= {"seed": 0, "offline_updates": 0, "deployments": 0, "alpha": 0, "alpha_max": 0}
-    bounds |= {"distance_candidates": 1, "hidden_size": 1, "learning_rate": 0, "num_value_actions": 1}
+    bounds |= {
+        "distance_candidates": 1,
+        "hidden_size": 1,
+        "learning_rate": 0,
+        "num_value_actions": 1,
+    }
     for name, least in bounds.items():
         value = getattr(args, name, None)
         if value is not None and not (np.isfinite(value) and value >= least):
@@ -83,7 +93,9 @@ def check(args) -> None:
             f"--candidates {args.candidates}: it needs at least as many candidates"
         )
     if args.exclude_self_matches and args.references < 2:
-        raise InputError(f"--exclude-self-matches needs --references 2 or more, not {args.references}")
+        raise InputError(
+            f"--exclude-self-matches needs --references 2 or more, not {args.references}"
+        )
 
 
 def deployment_steps(args, dataset_size: int) -> int:
@@ -114,8 +126,9 @@ def pick_device(args) -> torch.device:
 class Graphed:
     """Calls a function without arguments, over and over: as it is, or as one captured CUDA graph.
 
-    The function must read and write tensors that stay where they are and never wait for the host. Its first calls run
-    eagerly on a side stream, as capture demands; they are calls like any other, so nothing has to be undone.
+    The function must read and write tensors that stay where they are and never wait for the host.
+    Its first calls run eagerly on a side stream, as capture demands; they are calls like any other,
+    so nothing has to be undone.
     """
 
     def __init__(self, function: Callable, enabled: bool):
@@ -191,15 +204,27 @@ def read_checkpoint(folder: str, name: str) -> dict:
 
 
 def read_offline_checkpoint(args, script: str) -> dict:
-    """The offline policy of the run --offline-checkpoint, trained on the same data for the same seeds.
+    """The offline policy of the run --offline-checkpoint, trained on the same data for the same
+    seeds.
 
     Raises:
         InputError: unreadable, of another script, or trained with other arguments.
     """
     checkpoint = read_checkpoint(args.offline_checkpoint, "offline.pt")
     if checkpoint["script"] != script:
-        raise InputError(f"{args.offline_checkpoint} is a run of {checkpoint['script']}, not {script}")
-    for name in ("env", "dataset", "dataset_size", "split", "seed", "num_seeds", "hidden_size", "embedding_dim"):
+        raise InputError(
+            f"{args.offline_checkpoint} is a run of {checkpoint['script']}, not {script}"
+        )
+    for name in (
+        "env",
+        "dataset",
+        "dataset_size",
+        "split",
+        "seed",
+        "num_seeds",
+        "hidden_size",
+        "embedding_dim",
+    ):
         was, now = checkpoint["args"].get(name), getattr(args, name)
         if was != now:
             flag = "--" + name.replace("_", "-")
@@ -216,7 +241,8 @@ def read_offline_checkpoint(args, script: str) -> dict:
 
 
 def get_rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of torch's default generators, the only source of randomness besides the environments' seeds."""
+    """The state of torch's default generators, the only source of randomness besides the
+    environments' seeds."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -320,7 +346,8 @@ class Run:
         tqdm.write(text)
 
     def record_offline(self, update: int, returns: list[list[float]]) -> None:
-        """The offline policy's return after so many updates: `offline/episodic_return`, and a line."""
+        """The offline policy's return after so many updates: `offline/episodic_return`, and a
+        line."""
         means = np.array([np.mean(r) for r in returns])
         self.log({"offline/episodic_return": means}, update)
         self.say(f"offline, {update} updates: return {means.mean():.1f}{spread(returns)}")
@@ -346,7 +373,9 @@ class Run:
                 "std_return": float(np.std(returns[s])),
                 "normalized_score": float(scores[s]),
             }
-            rows.append(row | {f"alpha_agent_{i}": float(a) for i, a in enumerate(alpha[s].tolist())})
+            rows.append(
+                row | {f"alpha_agent_{i}": float(a) for i, a in enumerate(alpha[s].tolist())}
+            )
             text = io.StringIO()
             writer = csv.DictWriter(text, rows[0], lineterminator="\n")
             writer.writeheader()
@@ -362,7 +391,8 @@ class Run:
     # Progress and checkpoints
 
     def updates(self, phase: str, start: int, stop: int, offset: int) -> Iterator[int]:
-        """Count the updates start+1 ... stop of a phase, `offset` before it, behind a progress bar."""
+        """Count the updates start+1 ... stop of a phase, `offset` before it, behind a progress
+        bar."""
         every = 0.3 if sys.stderr.isatty() else 60
         bar = tqdm(
             total=stop, initial=start, desc=phase, unit="update", mininterval=every, leave=False
@@ -386,7 +416,8 @@ class Run:
         write_beside(self.folders[0] / name, content.getvalue())
 
     def stop_if_asked(self, save: Callable) -> None:
-        """After SIGINT or SIGTERM: call `save`, say how to go on, and exit with status 128 + signal."""
+        """After SIGINT or SIGTERM: call `save`, say how to go on, and exit with status 128 +
+        signal."""
         if self.stop_signal is None:
             return
         save()
@@ -400,7 +431,8 @@ class Run:
             writer.close()
 
     def finish(self) -> None:
-        """Print the closing table: return of pi^0 and pi^K and the improvement, per seed and over seeds."""
+        """Print the closing table: return of pi^0 and pi^K and the improvement, per seed and over
+        seeds."""
         self.close()
         first = np.array([rows[0]["mean_return"] for rows in self.rows])
         last = np.array([rows[-1]["mean_return"] for rows in self.rows])
@@ -417,4 +449,7 @@ class Run:
             a, b, change, points = values
             lines.append(f"{name:>12}{a:12.1f}{b:12.1f}{change:12.1f} %{points:9.1f}")
         print("\n" + "\n".join(lines))
-        print(f"\n{self.folders[0]}" + (f" and {len(self.seeds) - 1} more" if len(self.seeds) > 1 else ""))
+        print(
+            f"\n{self.folders[0]}"
+            + (f" and {len(self.seeds) - 1} more" if len(self.seeds) > 1 else "")
+        )

@@ -1,11 +1,11 @@
 """Which transitions an update sees: the OTC sampler and what its strategies are compared with.
 
-Everything is batched over a leading group dimension G (agents times seeds), works on CPU and CUDA, and never waits for
-the host, so that a whole update can be captured in one CUDA graph. Random numbers come from `generator`, or from
-torch's default generator of the device.
+Everything is batched over a leading group dimension G (agents times seeds), works on CPU and CUDA,
+and never waits for the host, so that a whole update can be captured in one CUDA graph. Random
+numbers come from `generator`, or from torch's default generator of the device.
 
-Source: Jiang and Lu, "Online Tuning for Offline Decentralized Multi-Agent Reinforcement Learning", AAAI 2023; equation
-and line numbers are that paper's.
+Source: Jiang and Lu, "Online Tuning for Offline Decentralized Multi-Agent Reinforcement Learning",
+AAAI 2023; equation and line numbers are that paper's.
 """
 
 import torch
@@ -17,13 +17,16 @@ MAX_PAIRS = 2**24
 def match_by_value(
     candidates: torch.Tensor, references: torch.Tensor, exclude: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Best match in absolute difference, equation (1) with d_q: sort the references once, search each candidate.
+    """Best match in absolute difference, equation (1) with d_q: sort the references once, search
+    each candidate.
 
     Args:
         candidates: (G, B) values Q(s, a_i) of the candidate transitions.
-        references: (G, D) values of the online transitions, D >= 1 (D >= 2 with `exclude`). Among references of equal
-            value the choice depends on their order alone: references in random order make it uniform.
-        exclude: (G, B) position of the reference that a candidate may not be matched with, -1 for none.
+        references: (G, D) values of the online transitions, D >= 1 (D >= 2 with `exclude`). Among
+            references of equal value the choice depends on their order alone: references in random
+            order make it uniform.
+        exclude: (G, B) position of the reference that a candidate may not be matched with, -1 for
+            none.
 
     Returns:
         (G, B) position of the best-matched reference in `references`.
@@ -31,7 +34,8 @@ def match_by_value(
     num_references = references.shape[1]
     values, order = references.sort(dim=1)
     above = torch.searchsorted(values, candidates.contiguous())
-    # The nearest value is one of the two neighbours; without one of them, one of the two on either side.
+    # The nearest value is one of the two neighbours; without one of them, one of the two on either
+    # side.
     reach = 1 if exclude is None else 2
     window = above.unsqueeze(2) + torch.arange(-reach, reach, device=above.device)  # (G, B, 2 or 4)
     outside = (window < 0) | (window >= num_references)
@@ -51,12 +55,14 @@ def match_by_embedding(
 
     Args:
         candidates: (G, B, d) embeddings of the candidate transitions.
-        references: (G, D, d) embeddings of the online transitions, in random order where ties matter.
-        exclude: (G, B) position of the reference that a candidate may not be matched with, -1 for none.
+        references: (G, D, d) embeddings of the online transitions, in random order where ties
+            matter.
+        exclude: (G, B) position of the reference that a candidate may not be matched with, -1 for
+            none.
 
     Returns:
-        (G, B) position of the best-matched reference, and (G, B) its distance. At most `MAX_PAIRS` pairwise distances
-        are in memory at a time.
+        (G, B) position of the best-matched reference, and (G, B) its distance. At most `MAX_PAIRS`
+        pairwise distances are in memory at a time.
     """
     num_groups, num_references = references.shape[:2]
     chunk = max(1, MAX_PAIRS // (num_groups * num_references))
@@ -91,14 +97,16 @@ def find_self_matches(candidates: torch.Tensor, references: torch.Tensor) -> tor
 def relative_to_mean(values: torch.Tensor, floor: float = 1e-3) -> torch.Tensor:
     """V / E[V] per group, as the next-state distance of d_q needs it: values (G, B) -> (G, B).
 
-    The mean's magnitude is kept from falling under `floor`, with its sign, so that values around zero do not blow up.
+    The mean's magnitude is kept from falling under `floor`, with its sign, so that values around
+    zero do not blow up.
     """
     mean = values.mean(dim=1, keepdim=True)
     return values / torch.copysign(mean.abs().clamp(min=floor), mean)
 
 
 def rank_probabilities(alpha: torch.Tensor, num_ranks: int) -> torch.Tensor:
-    """Equation (3): probability of ranks 1 ... num_ranks, proportional to rank^-alpha; (G,) -> (G, num_ranks) float64."""
+    """Equation (3): probability of ranks 1 ... num_ranks, proportional to rank^-alpha; (G,) -> (G,
+    num_ranks) float64."""
     return torch.softmax(rank_logits(alpha, num_ranks), dim=1)
 
 
@@ -115,13 +123,16 @@ def draw_by_rank(
     replacement: bool = True,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Draw candidates with probability proportional to rank^-alpha, equation (3); rank 1 is the smallest distance.
+    """Draw candidates with probability proportional to rank^-alpha, equation (3); rank 1 is the
+    smallest distance.
 
     Args:
-        distances: (G, B) next-state distances; equal ones are ranked in random order, NaN ranks last.
+        distances: (G, B) next-state distances; equal ones are ranked in random order, NaN ranks
+            last.
         alpha: (G,) degree of the correction; 0 draws uniformly.
         num_samples: how many to draw, at most B without replacement.
-        replacement: independent draws, or each candidate at most once (one after another, by Gumbel top-k).
+        replacement: independent draws, or each candidate at most once (one after another, by Gumbel
+            top-k).
 
     Returns:
         (G, num_samples) positions in `distances`.
@@ -139,7 +150,8 @@ def draw_by_rank(
         rank = torch.searchsorted(ends, uniform)
         rank = rank.clamp(max=num_candidates - 1)
     else:
-        # Logits, not log-probabilities: at a large alpha all probabilities but the first underflow to 0.
+        # Logits, not log-probabilities: at a large alpha all probabilities but the first underflow
+        # to 0.
         logits = rank_logits(alpha, num_candidates)
         exponential = torch.empty_like(logits).exponential_(generator=generator)
         rank = (logits - exponential.log()).topk(num_samples, dim=1).indices
@@ -149,7 +161,8 @@ def draw_by_rank(
 def adapt_alpha(
     alpha: torch.Tensor, distance: torch.Tensor, previous: torch.Tensor
 ) -> torch.Tensor:
-    """Equation (4): alpha^k = alpha^{k-1} * D^k / D^{k-1}, all (G,); alpha stays where a distance is 0 or not finite."""
+    """Equation (4): alpha^k = alpha^{k-1} * D^k / D^{k-1}, all (G,); alpha stays where a distance
+    is 0 or not finite."""
     adapted = alpha * (distance / previous)
     return torch.where(usable(distance) & usable(previous) & adapted.isfinite(), adapted, alpha)
 
@@ -166,14 +179,17 @@ def unique_fraction(index: torch.Tensor) -> torch.Tensor:
 
 
 def effective_sample_size(alpha: torch.Tensor, num_candidates: int) -> torch.Tensor:
-    """1 / sum of squared rank probabilities: how many candidates the draw amounts to; (G,) -> (G,)."""
+    """1 / sum of squared rank probabilities: how many candidates the draw amounts to; (G,) ->
+    (G,)."""
     return 1 / rank_probabilities(alpha, num_candidates).square().sum(dim=1)
 
 
 class Priorities:
-    """Draws in proportion to one priority per transition: a sum tree of two levels, for Balanced Replay.
+    """Draws in proportion to one priority per transition: a sum tree of two levels, for Balanced
+    Replay.
 
-    Priorities live in blocks of `BLOCK`; a draw picks a block by the blocks' sums, then an item inside it.
+    Priorities live in blocks of `BLOCK`; a draw picks a block by the blocks' sums, then an item
+    inside it.
     """
 
     BLOCK = 1024
@@ -190,7 +206,8 @@ class Priorities:
         self.sums.copy_(self.values.sum(dim=2, dtype=torch.float64))
 
     def update(self, index: torch.Tensor, priority: torch.Tensor) -> None:
-        """Set the priorities (G, n) of the transitions `index` (G, n); of equal indices one wins."""
+        """Set the priorities (G, n) of the transitions `index` (G, n); of equal indices one
+        wins."""
         self.values.flatten(1).scatter_(1, index, priority)
         block = index // self.BLOCK
         self.sums.scatter_(1, block, self._blocks(block).sum(dim=2, dtype=torch.float64))

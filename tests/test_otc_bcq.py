@@ -91,7 +91,10 @@ def plain_mlp(network, x, g):
     x = np.asarray(x, np.float64)
     layers = [layer for layer in network if isinstance(layer, otc_bcq.Linear)]
     for i, layer in enumerate(layers):
-        x = x @ layer.weight[g].detach().double().numpy() + layer.bias[g, 0].detach().double().numpy()
+        x = (
+            x @ layer.weight[g].detach().double().numpy()
+            + layer.bias[g, 0].detach().double().numpy()
+        )
         x = np.maximum(x, 0) if i < len(layers) - 1 else x
     return x
 
@@ -292,7 +295,9 @@ def test_strategies_draw_what_they_say(sampling):
     expected = {"uniform": 80 / 680, "online": 1, "offline": 0}
     if sampling in expected:
         assert share.item() == pytest.approx(expected[sampling], abs=0.02)
-    elif sampling == "balanced":  # half the mass at first; here, where the ratio is 1, less and less
+    elif (
+        sampling == "balanced"
+    ):  # half the mass at first; here, where the ratio is 1, less and less
         assert draws[0].item() == pytest.approx(0.5, abs=0.15)
         assert 80 / 680 < share < 0.4
     else:  # self-matches come first
@@ -438,7 +443,8 @@ def script(*argv):
 
 
 def test_resume_after_kills_ends_where_the_unbroken_run_does(tmp_path, data):
-    """SIGKILL at random moments, SIGTERM once; returns.csv and parameters are bit for bit the same."""
+    """SIGKILL at random moments, SIGTERM once; returns.csv and parameters are bit for bit the
+    same."""
     # No tight loop of checkpoints: most kills land between two of them.
     argv = ["--env", ENV, "--dataset", data, *QUICK, "--offline-updates", 600]
     argv += ["--deployments", 3, "--finetune-updates", 300, "--checkpoint-every", 170]

@@ -9,7 +9,8 @@ ENV = "tests.tiny_task:Point"
 
 
 class Point(ParallelEnv):
-    """Agent i moves coordinate i by a tenth of its action; the team's cost is the squared distance."""
+    """Agent i moves coordinate i by a tenth of its action; the team's cost is the squared
+    distance."""
 
     metadata = {"name": "point"}
     possible_agents = ["x", "y"]
