@@ -145,9 +145,9 @@ def mlp(num_groups: int, in_features: int, hidden_size: int, out_features: int) 
     """Two hidden layers with ReLU."""
     return nn.Sequential(
         Linear(num_groups, in_features, hidden_size),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         Linear(num_groups, hidden_size, hidden_size),
-        nn.ReLU(),
+        nn.ReLU(inplace=True),
         Linear(num_groups, hidden_size, out_features),
     )
 
