@@ -91,6 +91,10 @@ class Args:
     distance_candidates: int = 25_600
     """transitions of all data whose mean distance to the latest deployment's data enters equation
     (4)"""
+    embedding_dim: int = 10
+    """latent size of the conditional VAE of the embedding distance"""
+    embedding_kl_weight: float = 5e-4
+    """weight of the KL divergence against the squared error in that VAE; see docs/otc.md"""
 
     # BCQ arguments
     finetune_updates: int = 4000
@@ -115,8 +119,6 @@ class Args:
     """decoded actions per state when acting"""
     num_value_actions: int = 10
     """decoded actions per state in V(s), for the value distance"""
-    embedding_dim: int = 10
-    """latent size of the conditional VAE of the embedding distance"""
 
 
 # --- Networks: every tensor starts with the group dimension G, g = seed_index * num_agents + agent
@@ -172,7 +174,7 @@ class EmbeddingVAE(nn.Module):
         return mean, log_std.clamp(-4, 15)
 
     def loss(self, obs, actions, next_obs):
-        """Squared error of the action plus half the KL divergence, as in BCQ's VAE; two (G,)."""
+        """Squared error of the decoded action and KL divergence of the embedding; (G,) each."""
         mean, log_std = self.encode(obs, actions, next_obs)
         z = mean + log_std.exp() * torch.randn_like(mean)
         obs = (obs - self.obs_mean) / self.obs_std
@@ -418,7 +420,7 @@ class TransitionSampler(nn.Module):
         """One update of the conditional VAE; it ends with the offline phase, so that distances stay
         comparable."""
         error, kl = self.embedding.loss(batch["obs"], batch["actions"], batch["next_obs"])
-        step(self.optimizer, error + 0.5 * kl)
+        step(self.optimizer, error + self.args.embedding_kl_weight * kl)
         return {
             "losses/embedding_reconstruction": error.detach(),
             "losses/embedding_kl": kl.detach(),
