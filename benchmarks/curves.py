@@ -1,0 +1,84 @@
+"""Collect the returns of many runs into one table, one CSV file and one figure.
+
+    python -m benchmarks.curves runs/strategies/halfcheetah-medium/strategies \
+        --csv docs/results/halfcheetah-medium.csv --figure docs/figures/halfcheetah-medium.png
+
+Runs that differ in their seed alone are one curve: mean over seeds, band of one standard deviation.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+
+@dataclass
+class Args:
+    folder: tyro.conf.Positional[str]
+    """folder of run folders"""
+    csv: str | None = None
+    """file for every run's rows of returns.csv, with its strategy and seed"""
+    figure: str | None = None
+    """PNG file for the curves (needs matplotlib, requirements-dev.txt)"""
+
+
+def name_of(args: dict) -> str:
+    """A strategy's name from a run's arguments."""
+    if args["sampling"] != "otc":
+        return args["sampling"]
+    extras = [] if args["adaptive_alpha"] else [f"alpha {args['alpha']:g}"]
+    return " ".join([f"otc ({args['distance']})", *extras])
+
+
+def main(args: Args) -> None:
+    rows = []
+    for path in sorted(Path(args.folder).glob("*/returns.csv")):
+        run = json.loads((path.parent / "args.json").read_text())
+        for row in csv.DictReader(path.open()):
+            rows.append({"strategy": name_of(run["args"]), "seed": run["seed"], **row})
+    if not rows:
+        raise SystemExit(f"no returns.csv in the folders of {args.folder}")
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    curves = {}  # strategy -> (seeds, deployments + 1)
+    for strategy in dict.fromkeys(row["strategy"] for row in rows):
+        of_seed = {}
+        for row in rows:
+            if row["strategy"] == strategy:
+                of_seed.setdefault(row["seed"], []).append(float(row["mean_return"]))
+        curves[strategy] = np.array(list(of_seed.values()))
+    print("| strategy | " + " | ".join(f"pi^{k}" for k in range(len(curves[strategy][0]))), end="")
+    print(" | improvement % |\n|" + "---|" * (len(curves[strategy][0]) + 2))
+    for strategy, returns in curves.items():
+        cells = [
+            f"{m:.0f} +- {s:.0f}" for m, s in zip(returns.mean(0), returns.std(0), strict=True)
+        ]
+        gain = 100 * (returns[:, -1] - returns[:, 0]) / np.abs(returns[:, 0])
+        print(f"| {strategy} | {' | '.join(cells)} | {gain.mean():.1f} +- {gain.std():.1f} |")
+
+    if args.figure:
+        import matplotlib
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot as plt
+
+        figure, axis = plt.subplots(figsize=(7, 4.2))
+        for strategy, returns in curves.items():
+            x, mean, std = np.arange(returns.shape[1]), returns.mean(0), returns.std(0)
+            (line,) = axis.plot(x, mean, marker="o", markersize=3, label=strategy)
+            axis.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.12, lw=0)
+        axis.set(xlabel="deployments fine-tuned on", ylabel="return")
+        axis.legend(fontsize=8)
+        figure.tight_layout()
+        figure.savefig(args.figure, dpi=120)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
