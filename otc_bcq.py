@@ -117,12 +117,12 @@ class Args:
     """decoded actions per next state in the target's maximum"""
     num_act_actions: int = 100
     """decoded actions per state when acting"""
-    num_value_actions: int = 10
+    num_value_actions: int = 1
     """decoded actions per state in V(s), for the value distance"""
 
 
-# --- Networks: every tensor starts with the group dimension G, g = seed_index * num_agents + agent
-# ---
+# --- Networks ---
+# Every tensor starts with the group dimension G: g = seed_index * num_agents + agent.
 
 
 class Linear(nn.Module):

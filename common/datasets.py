@@ -17,6 +17,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+import zlib
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -97,6 +98,12 @@ def parse_env(env: str) -> tuple[str, str]:
 def cache_dir() -> Path:
     """Where the built-in data is kept: $OTC_CACHE_DIR or ~/.cache/otc."""
     return Path(os.environ.get("OTC_CACHE_DIR") or "~/.cache/otc").expanduser()
+
+
+def built_in_path(task: str, quality: str, size: int) -> Path:
+    """A built-in file's place in the cache; its name changes with the policies that made it."""
+    policies = (Path(__file__).parent / "behaviours" / f"{task}.npz").read_bytes()
+    return cache_dir() / f"{task}-{quality}-{size}-{zlib.crc32(policies):08x}.hdf5"
 
 
 def load(
@@ -294,7 +301,7 @@ def _built_in(task: str, quality: str, size: int | None) -> Path:
     size = size or full
     if size > full:
         raise InputError(f"--dataset-size {size}: expected at most {full} for {task}-{quality}")
-    path = cache_dir() / f"{task}-{quality}-{size}.hdf5"
+    path = built_in_path(task, quality, size)
     if not path.exists():
         from common.behaviours.rollout import make
 

@@ -300,7 +300,7 @@ def test_built_in_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setenv("OTC_CACHE_DIR", str(tmp_path / "cache"))
     teams = [load("hopper-medium-replay", size=50) for _ in range(2)]
     assert made == [("hopper", "medium-replay", 50)] and same(*teams)
-    path = tmp_path / "cache" / "hopper-medium-replay-50.hdf5"
+    path = datasets.built_in_path("hopper", "medium-replay", 50)
     assert path.exists() and str(path) in teams[0].source and "not D4RL" in teams[0].source
     path.unlink()
     monkeypatch.setitem(datasets.BUILT_IN_SIZES["hopper"], "medium", 70)

@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from common.datasets import BUILT_IN_SIZES, cache_dir
+from common.datasets import BUILT_IN_SIZES, built_in_path
 from common.envs.mujoco import make_single
 
 D4RL = {
@@ -80,7 +80,7 @@ def main() -> None:
     returns = {}
     for task, sizes in BUILT_IN_SIZES.items():
         for quality, size in sizes.items():
-            path = cache_dir() / f"{task}-{quality}-{size}.hdf5"
+            path = built_in_path(task, quality, size)
             if path.exists():
                 time_limit = make_single(task).spec.max_episode_steps
                 returns[f"{task}-{quality}"] = whole_episode_returns(path, time_limit)
