@@ -32,20 +32,20 @@ def cli(main: Callable, args_type: type) -> None:
     """Parse the command line into `args_type` and call `main(args)`; InputError becomes its message
     and exit status 2."""
     try:
-        main(parse(args_type))
+        main(parse(args_type, description=sys.modules[main.__module__].__doc__))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def parse(args_type: type, argv: list[str] | None = None):
+def parse(args_type: type, argv: list[str] | None = None, description: str | None = None):
     """The arguments of `argv`; with --resume, those of the resumed run, from which no other flag
     may differ.
 
     Raises:
         InputError: a count out of range, or a flag that differs from the resumed run's.
     """
-    args = tyro.cli(args_type, args=argv)
+    args = tyro.cli(args_type, args=argv, description=description)
     if args.resume is not None:
         stored = read_args(args.resume)
         try:
@@ -71,15 +71,12 @@ def check(args) -> None:
     Raises:
         InputError: names the flag, its value and what it may be.
     """
-    bounds = {"num_seeds": 1, "batch_size": 1, "candidates": 1, "references": 1, "dataset_size": 1}
-    bounds |= {"deployment_steps": 1, "finetune_updates": 1, "eval_every": 1, "checkpoint_every": 1}
-    bounds |= {"seed": 0, "offline_updates": 0, "deployments": 0, "alpha": 0, "alpha_max": 0}
-    bounds |= {
-        "distance_candidates": 1,
-        "hidden_size": 1,
-        "learning_rate": 0,
-        "num_value_actions": 1,
-    }
+    at_least_1 = """num_seeds batch_size candidates references dataset_size deployment_steps
+        eval_every finetune_updates checkpoint_every distance_candidates embedding_dim
+        hidden_size"""
+    at_least_0 = """seed offline_updates deployments alpha alpha_max embedding_kl_weight
+        learning_rate"""
+    bounds = dict.fromkeys(at_least_1.split(), 1) | dict.fromkeys(at_least_0.split(), 0)
     for name, least in bounds.items():
         value = getattr(args, name, None)
         if value is not None and not (np.isfinite(value) and value >= least):

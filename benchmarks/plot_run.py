@@ -1,0 +1,48 @@
+"""Draw one run: the offline policy's return while it learns, then the return at each deployment.
+
+python -m benchmarks.plot_run runs/RUN --figure docs/figures/run.png
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+@dataclass
+class Args:
+    run: tyro.conf.Positional[str]
+    """run folder"""
+    figure: str
+    """PNG file"""
+
+
+def main(args: Args) -> None:
+    run = Path(args.run)
+    options = json.loads((run / "args.json").read_text())["args"]
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    rows = list(csv.DictReader((run / "returns.csv").open()))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+    offline = events.Scalars("offline/episodic_return")
+    left.plot([e.step for e in offline], [e.value for e in offline], marker="o", markersize=3)
+    left.set(xlabel="offline updates", ylabel="return", title="offline")
+    deployments = [int(row["deployment"]) for row in rows]
+    means = [float(row["mean_return"]) for row in rows]
+    stds = [float(row["std_return"]) for row in rows]
+    right.errorbar(deployments, means, yerr=stds, marker="o", markersize=3, capsize=2)
+    right.set(xlabel="deployments fine-tuned on", title=f"{options['sampling']} fine-tuning")
+    figure.suptitle(f"{options['env']}, seed {options['seed']}", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(args.figure, dpi=120)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
