@@ -90,7 +90,7 @@ class Args:
     """never match a candidate with itself"""
     distance_candidates: int = 25_600
     """transitions of all data whose mean distance to the latest deployment's data enters equation
-    (4)"""
+    (4); where the data has no more, all of it"""
     embedding_dim: int = 10
     """latent size of the conditional VAE of the embedding distance"""
     embedding_kl_weight: float = 5e-4
@@ -433,11 +433,11 @@ class TransitionSampler(nn.Module):
         replay, args = self.replay, self.args
         if args.sampling == "otc":
             # Equation (4), before any update: a large sample of B against the whole of D.
-            latest = replay.latest_start + torch.arange(
-                replay.deployment_steps, device=replay.device
-            )
-            candidates = replay.draw_merged(args.distance_candidates)
-            latest = latest.expand(replay.num_groups, -1)
+            merged = torch.arange(replay.num_offline + int(replay.num_online), device=replay.device)
+            latest = merged[-replay.deployment_steps :].expand(replay.num_groups, -1)
+            candidates = merged.expand(replay.num_groups, -1)
+            if args.distance_candidates < len(merged):
+                candidates = replay.draw_merged(args.distance_candidates)
             distance = self.transition_distance(agent, candidates, latest).mean(1)
             if args.adaptive_alpha and k > 1:
                 alpha = sampler.adapt_alpha(self.alpha, distance, self.distance)

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.embedding_kl --csv docs/results/embedding_kl.csv
 
-For each weight a VAE is trained on the offline data alone; then 512 transitions are matched with the
-nearest of 2,000 others. A match is good if its state, action and next state are nearer than those
-of a random transition: the table gives mean l1 distances over those of random pairs.
+For each weight a VAE is trained on the offline data alone; then 512 transitions are matched with
+the nearest of 2,000 others. A match is good if its state, action and next state are nearer than
+those of a random transition: the table gives mean l1 distances over those of random pairs.
 """
 
 import csv

@@ -280,6 +280,19 @@ def test_alpha_telescopes_over_deployments():
     torch.testing.assert_close(transitions.alpha, distances[-1] / distances[0])
 
 
+def test_the_mean_distance_is_exact_where_all_data_enters_it():
+    torch.manual_seed(0)
+    replay = Replay(random_team(), 1, 1, 40)
+    add_deployment(replay)
+    transitions = TransitionSampler(replay, Args(distance_candidates=640))
+    transitions.start_deployment(None, 1)
+    data = replay.gather(torch.arange(640).expand(2, -1))
+    with torch.no_grad():
+        e, _ = transitions.embedding.encode(data["obs"], data["actions"], data["next_obs"])
+    nearest = (e[:, :, None] - e[:, None, 600:]).abs().sum(3).min(2).values
+    torch.testing.assert_close(transitions.distance, nearest.mean(1), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("sampling", ["otc", "uniform", "balanced", "online", "offline"])
 def test_strategies_draw_what_they_say(sampling):
     torch.manual_seed(0)
