@@ -14,7 +14,6 @@ import hashlib
 import os
 import re
 import sys
-import time
 import urllib.error
 import urllib.request
 import zlib
@@ -25,6 +24,7 @@ from typing import Any
 
 import h5py
 import numpy as np
+from tqdm import tqdm
 
 from common import InputError, nearest
 from common.envs import TASKS, make_vec
@@ -338,17 +338,12 @@ def _download(url: str, path: Path) -> None:
             length = response.headers["Content-Length"]
             total = None if length is None else done + int(length)
             print(f"{'resuming' if resumed else 'downloading'} {url}", file=sys.stderr)
-            with open(partial, "ab" if resumed else "wb") as file:
-                shown = 0.0
+            bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, unit_divisor=1024)
+            with bar, open(partial, "ab" if resumed else "wb") as file:
                 while chunk := response.read(1 << 20):
                     file.write(chunk)
                     done += len(chunk)
-                    if time.monotonic() - shown > (0.2 if sys.stderr.isatty() else 10):
-                        shown = time.monotonic()
-                        _show_progress(done, total)
-        _show_progress(done, total)
-        if sys.stderr.isatty():
-            print(file=sys.stderr)
+                    bar.update(len(chunk))
         if total is not None and done != total:
             raise ConnectionError(f"cut off after {done} of {total} bytes, run again to continue")
     except (OSError, HTTPException) as error:
@@ -363,14 +358,6 @@ def _download(url: str, path: Path) -> None:
     with open(partial, "rb") as file:
         print(f"sha256 {hashlib.file_digest(file, 'sha256').hexdigest()}  {path}", file=sys.stderr)
     partial.rename(path)
-
-
-def _show_progress(done: int, total: int | None) -> None:
-    text = f"{done / 2**20:.1f} MiB"
-    if total:
-        bar = "#" * (30 * done // total)
-        text = f"[{bar:30}] {100 * done // total:3d} %  {text} of {total / 2**20:.1f} MiB"
-    print(text, file=sys.stderr, end="\r" if sys.stderr.isatty() else "\n", flush=True)
 
 
 def _read_minari(dataset_id: str) -> dict[str, np.ndarray]:

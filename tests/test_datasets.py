@@ -365,7 +365,7 @@ def test_download(server, place, capsys):
     assert [p.name for p in place.parent.iterdir()] == [place.name]
     assert place.read_bytes() == server.content
     progress = capsys.readouterr().err
-    assert re.search(r"sha256 [0-9a-f]{64} ", progress) and "100 %" in progress
+    assert re.search(r"sha256 [0-9a-f]{64} ", progress) and "100%" in progress
     load("hopper-medium-replay", "d4rl")
     assert len(server.requests) == 1  # found
 

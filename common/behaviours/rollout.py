@@ -13,7 +13,6 @@ import os
 import pickle
 import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ import gymnasium
 import h5py
 import mujoco
 import numpy as np
+from tqdm import tqdm
 
 from common import InputError, nearest
 from common.envs.mujoco import make_single
@@ -235,37 +235,16 @@ def work() -> None:
 # --- The file ---
 
 
-class Progress:
-    """A bar on stderr with rate and time left; a line every 10 % where stderr is no terminal."""
-
-    def __init__(self, label: str, total: int):
-        self.label, self.total, self.start = label, total, time.monotonic()
-        self.tenths = 0
-
-    def show(self, done: int) -> None:
-        elapsed = time.monotonic() - self.start
-        rate = done / max(elapsed, 1e-9)
-        left = (self.total - done) / max(rate, 1e-9)
-        text = f"{done:,}/{self.total:,} transitions  {rate:,.0f}/s  {left:.0f} s left"
-        if sys.stderr.isatty():
-            full = 20 * done // self.total
-            end = "\n" if done == self.total else ""
-            print(f"\r{self.label} [{'#' * full:<20}] {text} \x1b[K", end=end, file=sys.stderr)
-        elif (tenths := 10 * done // self.total) > self.tenths:
-            self.tenths = tenths
-            print(f"{self.label}  {text}", file=sys.stderr)
-        sys.stderr.flush()
-
-
 def _write(file: h5py.File, task: str, quality: str, size: int, num_workers: int) -> None:
     parts = plan(task, quality, size)
     shapes = columns(task)
     for key, (shape, dtype) in shapes.items():
         file.create_dataset(key, (size, *shape), dtype)
     num_chunks = sum(len(chunks) for _, chunks in parts)
-    progress = Progress(f"making {task}-{quality}", size)
+    every = 0.3 if sys.stderr.isatty() else 10
+    bar = tqdm(total=size, desc=f"making {task}-{quality}", unit_scale=True, mininterval=every)
     done = 0
-    with Workers(min(num_workers, num_chunks)) as workers:
+    with bar, Workers(min(num_workers, num_chunks)) as workers:
         submitted = [(rows, [workers.submit(chunk) for chunk in chunks]) for rows, chunks in parts]
         for rows, futures in submitted:
             end = done + rows
@@ -280,7 +259,7 @@ def _write(file: h5py.File, task: str, quality: str, size: int, num_workers: int
                 for key, values in arrays.items():
                     file[key][done : done + n] = values[:n]
                 done += n
-                progress.show(done)
+                bar.update(n)
             futures.clear()  # the rows are written: free them
     policies = load_policies(task)
     indices = {"random": [0], "medium": [policies["medium"]]}.get(quality, policies["replay"])
