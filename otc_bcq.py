@@ -611,7 +611,7 @@ def main(args: Args) -> None:
     device = runs.pick_device(args)
     checkpoint = None
     if args.resume is not None:
-        checkpoint = runs.read_checkpoint(args.resume, "checkpoint.pt")
+        checkpoint = runs.read_checkpoint(args.resume, "checkpoint.pt", script)
     elif args.offline_checkpoint is not None:
         checkpoint = runs.read_offline_checkpoint(args, script)
 

@@ -35,7 +35,7 @@ def ranks(x: torch.Tensor) -> torch.Tensor:
 
 def main(args: Args) -> None:
     options = otc_bcq.Args(**runs.read_args(args.run))
-    checkpoint = runs.read_checkpoint(args.run, "offline.pt")
+    checkpoint = runs.read_checkpoint(args.run, "offline.pt", "otc_bcq")
     dataset = datasets.load(options.env, options.dataset, options.dataset_size, options.split)
     replay = Replay(dataset, options.num_seeds, 0, 1)
     obs_dim, action_dim = replay.obs.shape[2], replay.actions.shape[2]

@@ -178,11 +178,11 @@ def read_args(folder: str) -> dict:
         raise InputError(f"{folder} is not a run folder: {path} is missing or unreadable") from None
 
 
-def read_checkpoint(folder: str, name: str) -> dict:
+def read_checkpoint(folder: str, name: str, script: str) -> dict:
     """A checkpoint's content; `folder` may be any of the folders of a run of several seeds.
 
     Raises:
-        InputError: missing, unreadable or foreign.
+        InputError: missing, unreadable, foreign, or of another script than `script`.
     """
     read_args(folder)
     siblings = json.loads((Path(folder) / "args.json").read_text()).get("folders", [])
@@ -192,11 +192,15 @@ def read_checkpoint(folder: str, name: str) -> dict:
         raise InputError(f"{path} does not exist: the run was stopped before it was first written")
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-        if not isinstance(checkpoint, dict) or not {"agent", "progress", "rng"} <= set(checkpoint):
+        if not isinstance(checkpoint, dict) or not {"agent", "progress", "script"} <= set(
+            checkpoint
+        ):
             raise ValueError("keys are missing")
     except Exception as error:  # torch.load raises many kinds
         first_line = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a readable checkpoint: {first_line}") from None
+    if checkpoint["script"] != script:
+        raise InputError(f"{folder} is a run of {checkpoint['script']}, not {script}")
     return checkpoint
 
 
@@ -207,11 +211,7 @@ def read_offline_checkpoint(args, script: str) -> dict:
     Raises:
         InputError: unreadable, of another script, or trained with other arguments.
     """
-    checkpoint = read_checkpoint(args.offline_checkpoint, "offline.pt")
-    if checkpoint["script"] != script:
-        raise InputError(
-            f"{args.offline_checkpoint} is a run of {checkpoint['script']}, not {script}"
-        )
+    checkpoint = read_checkpoint(args.offline_checkpoint, "offline.pt", script)
     for name in (
         "env",
         "dataset",
@@ -280,7 +280,6 @@ class Run:
         self.seeds = [args.seed + s for s in range(args.num_seeds)]
         self.rows: list[list[dict]] = [[] for _ in self.seeds]
         self.stop_signal = None
-        self.bar = None
         if checkpoint is not None:
             folder = Path(args.resume).resolve()
             names = json.loads((folder / "args.json").read_text())["folders"]
@@ -434,7 +433,10 @@ class Run:
         first = np.array([rows[0]["mean_return"] for rows in self.rows])
         last = np.array([rows[-1]["mean_return"] for rows in self.rows])
         score = np.array([rows[-1]["normalized_score"] for rows in self.rows])
-        improvement = 100 * (last - first) / np.abs(first)
+        with np.errstate(
+            divide="ignore", invalid="ignore"
+        ):  # a return of 0 has no improvement in %
+            improvement = 100 * (last - first) / np.abs(first)
         final = f"pi^{self.rows[0][-1]['deployment']}"
         lines = [f"{'seed':>12}{'pi^0':>12}{final:>12}{'improvement':>14}{'score':>9}"]
         rows = list(zip(map(str, self.seeds), first, last, improvement, score, strict=True))
