@@ -192,9 +192,7 @@ def read_checkpoint(folder: str, name: str, script: str) -> dict:
         raise InputError(f"{path} does not exist: the run was stopped before it was first written")
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-        if not isinstance(checkpoint, dict) or not {"agent", "progress", "script"} <= set(
-            checkpoint
-        ):
+        if not {"agent", "progress", "script"} <= set(checkpoint):
             raise ValueError("keys are missing")
     except Exception as error:  # torch.load raises many kinds
         first_line = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
@@ -205,8 +203,7 @@ def read_checkpoint(folder: str, name: str, script: str) -> dict:
 
 
 def read_offline_checkpoint(args, script: str) -> dict:
-    """The offline policy of the run --offline-checkpoint, trained on the same data for the same
-    seeds.
+    """The offline policy of --offline-checkpoint, trained on the same data for the same seeds.
 
     Raises:
         InputError: unreadable, of another script, or trained with other arguments.
@@ -433,9 +430,7 @@ class Run:
         first = np.array([rows[0]["mean_return"] for rows in self.rows])
         last = np.array([rows[-1]["mean_return"] for rows in self.rows])
         score = np.array([rows[-1]["normalized_score"] for rows in self.rows])
-        with np.errstate(
-            divide="ignore", invalid="ignore"
-        ):  # a return of 0 has no improvement in %
+        with np.errstate(divide="ignore", invalid="ignore"):  # no improvement in % of 0
             improvement = 100 * (last - first) / np.abs(first)
         final = f"pi^{self.rows[0][-1]['deployment']}"
         lines = [f"{'seed':>12}{'pi^0':>12}{final:>12}{'improvement':>14}{'score':>9}"]
