@@ -295,16 +295,20 @@ class Run:
     def _make_folders(self) -> list[Path]:
         env = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.args.env)
         base = Path(self.args.run_dir)
-        stamp = int(time.time())
-        while any((base / f"{env}__{self.script}__{s}__{stamp}").exists() for s in self.seeds):
-            stamp += 1
-        folders = [base / f"{env}__{self.script}__{seed}__{stamp}" for seed in self.seeds]
-        content = {"args": dataclasses.asdict(self.args), "script": self.script}
-        content |= {"folders": [folder.name for folder in folders]}
         try:
+            stamp = int(time.time())
+            while True:  # another run may have begun in the same second
+                names = [f"{env}__{self.script}__{seed}__{stamp}" for seed in self.seeds]
+                folders = [base / name for name in names]
+                try:
+                    for folder in folders:
+                        folder.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    stamp += 1
+            content = {"args": dataclasses.asdict(self.args), "script": self.script}
             for seed, folder in zip(self.seeds, folders, strict=True):
-                folder.mkdir(parents=True)
-                text = json.dumps({**content, "seed": seed}, indent=2)
+                text = json.dumps({**content, "folders": names, "seed": seed}, indent=2)
                 write_beside(folder / "args.json", text.encode())
         except OSError as error:
             raise InputError(f"--run-dir {base}: cannot write there ({error.strerror})") from None
