@@ -1,0 +1,77 @@
+"""The offline policies of many runs beside the behaviour policies that made their data.
+
+    for env in {halfcheetah,walker2d,hopper}-{random,medium-replay,medium}; do
+        python otc_bcq.py --env $env --deployments 0 --sampling uniform --run-dir runs/offline
+    done
+    python -m benchmarks.offline_table runs/offline --csv docs/results/bcq_offline.csv
+
+The behaviour's return is the mean of the data's whole episodes, from docs/results/datasets.csv.
+"""
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from common.datasets import parse_env
+from common.envs import normalized_score
+
+
+@dataclass
+class Args:
+    folders: tyro.conf.Positional[tuple[str, ...]]
+    """folders of run folders"""
+    csv: str | None = None
+    """file for the raw numbers, a row per run"""
+
+
+def main(args: Args) -> None:
+    table = Path(__file__).parents[1] / "docs" / "results" / "datasets.csv"
+    behaviour = {
+        row["dataset"]: float(row["mean"])
+        for row in csv.DictReader(table.open())
+        if row["source"] == "built-in"
+    }
+    rows = []
+    for folder in args.folders:
+        for path in sorted(Path(folder).glob("*/returns.csv")):
+            run = json.loads((path.parent / "args.json").read_text())
+            first = next(csv.DictReader(path.open()))
+            env = run["args"]["env"]
+            score = normalized_score(parse_env(env)[0], behaviour[env])
+            rows.append(
+                {
+                    "env": env,
+                    "seed": run["seed"],
+                    "offline_updates": run["args"]["offline_updates"],
+                    "episodes": int(first["episodes"]),
+                    "mean_return": float(first["mean_return"]),
+                    "std_return": float(first["std_return"]),
+                    "normalized_score": float(first["normalized_score"]),
+                    "behaviour_return": behaviour[env],
+                    "behaviour_score": round(float(score), 2),
+                }
+            )
+    print("| data | updates | seeds | behaviour: return | score | BCQ: return | score |")
+    print("|---|---|---|---|---|---|---|")
+    for env in dict.fromkeys(row["env"] for row in rows):
+        of = [row for row in rows if row["env"] == env]
+        returns = np.array([row["mean_return"] for row in of])
+        scores = np.array([row["normalized_score"] for row in of])
+        spread = f"{scores.mean():.1f}" + (f" +- {scores.std():.1f}" if len(of) > 1 else "")
+        print(
+            f"| {env} | {of[0]['offline_updates']:,} | {len(of)} | {of[0]['behaviour_return']:.0f} "
+            f"| {of[0]['behaviour_score']:.1f} | {returns.mean():.0f} | {spread} |"
+        )
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
