@@ -399,7 +399,8 @@ class TransitionSampler(nn.Module):
         self.replay, self.args = replay, args
         G, device = replay.num_groups, replay.device
         obs_dim, action_dim = replay.obs.shape[2], replay.actions.shape[2]
-        self.register_buffer("alpha", torch.full((G,), args.alpha, device=device))
+        alpha = args.alpha if args.sampling == "otc" else torch.nan
+        self.register_buffer("alpha", torch.full((G,), alpha, device=device))
         # Mean transition distance of the deployment before, for equation (4)
         self.register_buffer("distance", torch.full((G,), torch.nan, device=device))
         self.embedding = self.density = None
@@ -700,11 +701,10 @@ def main(args: Args) -> None:
             replay.add(**data)
             # Lines 6 to 8: alpha by equation (4)
             transitions.start_deployment(agent, k)
-            metrics = {
-                "otc/alpha": alpha,
-                "otc/transition_distance": transitions.distance.view(S, N),
-            }
-            run.log(metrics | {"time/env_steps_per_second": torch.full((S,), steps_per_second)}, k)
+            run.log({"time/env_steps_per_second": torch.full((S,), steps_per_second)}, k)
+            if args.sampling == "otc":
+                distance = transitions.distance.view(S, N)
+                run.log({"otc/alpha": alpha, "otc/transition_distance": distance}, k)
             phase, done = k, 0
             run.save(state())
         # Lines 9 to 16: fine-tune to pi^k

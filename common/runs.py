@@ -357,7 +357,7 @@ class Run:
         Args:
             env_steps: online environment steps that pi^k has learned from.
             returns: the episodes' returns of each seed, S lists.
-            alpha: (S, N), the alpha^k that pi^k was fine-tuned with.
+            alpha: (S, N), the alpha^k that pi^k was fine-tuned with; nan without OTC.
         """
         means = np.array([np.mean(r) for r in returns])
         scores = normalized_score(parse_env(self.args.env)[0], means)
@@ -380,9 +380,10 @@ class Run:
             write_beside(self.folders[s] / "returns.csv", text.getvalue().encode())
         self.log({"charts/episodic_return": means, "charts/normalized_score": scores}, deployment)
         score = "" if np.isnan(scores).all() else f", normalised score {scores.mean():.1f}"
+        score += "" if alpha.isnan().any() else f", alpha {alpha.mean():.2f}"
         self.say(
             f"pi^{deployment}: return {means.mean():.1f}{spread(returns)} "
-            f"({sum(map(len, returns))} episodes){score}, alpha {alpha.mean():.2f}"
+            f"({sum(map(len, returns))} episodes){score}"
         )
 
     # Progress and checkpoints
