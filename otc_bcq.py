@@ -99,8 +99,8 @@ class Args:
     # BCQ arguments
     finetune_updates: int = 4000
     """L, updates after each deployment"""
-    distance: Literal["embedding", "value"] = "embedding"
-    """embedding (d_e: a conditional VAE's mean, trained in the offline phase) or value (d_q)"""
+    distance: Literal["embedding", "value"] = "value"
+    """value (d_q) or embedding (d_e: a conditional VAE's mean, trained in the offline phase)"""
     hidden_size: int = 64
     """units in each of the two hidden layers of every network"""
     learning_rate: float = 1e-4

@@ -14,7 +14,7 @@ common="--env $env --num-seeds 3 --offline-updates $offline_updates"
 
 offline=$(ls -d "$folder/$env/offline-policy/"*__1__* 2>/dev/null | head -n 1 || true)
 if [ -z "$offline" ]; then
-    python otc_bcq.py $common --deployments 0 --run-dir "$folder/$env/offline-policy"
+    python otc_bcq.py $common --deployments 0 --distance embedding --run-dir "$folder/$env/offline-policy"
     offline=$(ls -d "$folder/$env/offline-policy/"*__1__* | head -n 1)
 fi
 for strategy in "otc --distance embedding" "uniform" "otc --distance value" "online" "offline" "balanced"; do

@@ -260,7 +260,7 @@ def test_self_matches_have_distance_zero_unless_excluded():
     add_deployment(replay)
     latest = replay.draw_latest(40)
     for exclude in (False, True):
-        args = Args(exclude_self_matches=exclude)
+        args = Args(distance="embedding", exclude_self_matches=exclude)
         transitions = TransitionSampler(replay, args)
         distance = transitions.transition_distance(None, latest, latest)
         assert (distance > 1e-4).all() if exclude else (distance < 1e-4).all()
@@ -271,7 +271,7 @@ def test_alpha_telescopes_over_deployments():
     torch.manual_seed(0)
     replay = Replay(random_team(), 1, 4, 40)
     agent = BCQ(2, OBS_DIM, ACTION_DIM, Args())
-    transitions = TransitionSampler(replay, Args(alpha=1.0, distance_candidates=200))
+    transitions = TransitionSampler(replay, Args(distance_candidates=200))
     distances = []
     for k in range(1, 5):
         add_deployment(replay, seed=k)
@@ -284,7 +284,7 @@ def test_the_mean_distance_is_exact_where_all_data_enters_it():
     torch.manual_seed(0)
     replay = Replay(random_team(), 1, 1, 40)
     add_deployment(replay)
-    transitions = TransitionSampler(replay, Args(distance_candidates=640))
+    transitions = TransitionSampler(replay, Args(distance="embedding", distance_candidates=640))
     transitions.start_deployment(None, 1)
     data = replay.gather(torch.arange(640).expand(2, -1))
     with torch.no_grad():
@@ -593,7 +593,8 @@ def test_unreadable_and_foreign_checkpoints(tmp_path, monkeypatch, capsys, data)
 
     fails("--seed is 1 there, not 2", "--resume", folder, "--seed", 2)
     fails("--alpha is 1.0 there, not 2.0", "--resume", folder, "--alpha", 2.0)
-    fails("trained no embedding", *common, "--offline-checkpoint", folder)
+    start = ["--offline-checkpoint", folder]
+    fails("trained no embedding", *common, *start, "--distance", "embedding")
     fails("--seed 1, not 7", *common, "--offline-checkpoint", folder, "--seed", 7)
     assert before == {f: f.read_bytes() for f in folder.iterdir()}
     content = (folder / "offline.pt").read_bytes()
