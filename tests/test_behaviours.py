@@ -184,7 +184,9 @@ def test_failure_leaves_nothing(policies, tmp_path, monkeypatch):
 def start_make(path: Path, size: int) -> subprocess.Popen:
     """A process, leading its own group, that makes halfcheetah-medium from fake policies."""
     script = (
-        "import sys; from pathlib import Path; from common.behaviours import rollout\n"
+        "import signal, sys; from pathlib import Path; from common.behaviours import rollout\n"
+        # Whoever started the tests may have had SIGINT ignored, as shells do in the background.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "rollout.POLICY_DIR = Path(sys.argv[1]).parent\n"
         "rollout.make('halfcheetah', 'medium', int(sys.argv[2]), sys.argv[1], 2)"
     )
@@ -220,7 +222,7 @@ def test_interrupted(policies, tmp_path, sent):
     time.sleep(1)
     workers = descendants(process.pid)
     os.killpg(process.pid, sent)  # as a terminal does
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert not path.exists()
     wait_until(lambda: not any(map(is_running, workers)))
     if sent == signal.SIGINT:
