@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from benchmarks import write_csv
+
 
 @dataclass
 class Args:
@@ -42,10 +44,7 @@ def main(args: Args) -> None:
     if not rows:
         raise SystemExit(f"no returns.csv in the folders of {args.folder}")
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, rows)
 
     curves = {}  # strategy -> (seeds, deployments + 1)
     for strategy in dict.fromkeys(row["strategy"] for row in rows):

@@ -7,13 +7,13 @@ the nearest of 2,000 others. A match is good if its state, action and next state
 those of a random transition: the table gives mean l1 distances over those of random pairs.
 """
 
-import csv
 from dataclasses import dataclass
 
 import torch
 import tyro
 
 import otc_bcq
+from benchmarks import write_csv
 from common import datasets, sampler
 from common.replay import Replay
 
@@ -71,10 +71,7 @@ def main(args: Args) -> None:
             rows.append(row)
             print({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from benchmarks import write_csv
 from common.datasets import parse_env
 from common.envs import normalized_score
 
@@ -67,10 +68,7 @@ def main(args: Args) -> None:
             f"| {of[0]['behaviour_score']:.1f} | {returns.mean():.0f} | {spread} |"
         )
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@
 similarities with n actions per V are compared with those with 200 by Spearman's rank correlation.
 """
 
-import csv
 from dataclasses import dataclass
 
 import torch
 import tyro
 
 import otc_bcq
+from benchmarks import write_csv
 from common import datasets, runs, sampler
 from common.replay import Replay
 
@@ -62,10 +62,7 @@ def main(args: Args) -> None:
             for g, r in enumerate(rho.tolist())
         ]
     if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":

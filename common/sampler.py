@@ -38,11 +38,9 @@ def match_by_value(
     # side.
     reach = 1 if exclude is None else 2
     window = above.unsqueeze(2) + torch.arange(-reach, reach, device=above.device)  # (G, B, 2 or 4)
-    outside = (window < 0) | (window >= num_references)
-    window = window.clamp(0, num_references - 1).flatten(1)
-    positions = order.gather(1, window).view_as(outside)
-    gap = (values.gather(1, window).view_as(outside) - candidates.unsqueeze(2)).abs()
-    gap = gap.masked_fill(outside, torch.inf)
+    shape, window = window.shape, window.clamp(0, num_references - 1).flatten(1)
+    positions = order.gather(1, window).view(shape)
+    gap = (values.gather(1, window).view(shape) - candidates.unsqueeze(2)).abs()
     if exclude is not None:
         gap = gap.masked_fill(positions == exclude.unsqueeze(2), torch.inf)
     return positions.gather(2, gap.argmin(dim=2, keepdim=True)).squeeze(2)

@@ -1,0 +1,43 @@
+"""Copy what TensorBoard shows of many runs into one CSV file.
+
+python -m benchmarks.scalars runs/RUN runs/RUN --csv FILE.csv
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from benchmarks import write_csv
+from benchmarks.curves import name_of
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[str, ...]]
+    """run folders"""
+    csv: str
+    """file to write: strategy, seed, tag, step, value"""
+    tags: tuple[str, ...] = ("otc/", "losses/vae_", "offline/")
+    """beginnings of the tags to copy"""
+
+
+def main(args: Args) -> None:
+    rows = []
+    for folder in args.runs:
+        run = json.loads((Path(folder) / "args.json").read_text())
+        events = EventAccumulator(folder, size_guidance={"scalars": 0})
+        events.Reload()
+        for tag in events.Tags()["scalars"]:
+            if tag.startswith(args.tags):
+                first = {"strategy": name_of(run["args"]), "seed": run["seed"], "tag": tag}
+                rows += [
+                    first | {"step": e.step, "value": f"{e.value:.6g}"} for e in events.Scalars(tag)
+                ]
+    write_csv(args.csv, rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
