@@ -95,6 +95,8 @@ class Args:
     """latent size of the conditional VAE of the embedding distance"""
     embedding_kl_weight: float = 5e-4
     """weight of the KL divergence against the squared error in that VAE; see docs/otc.md"""
+    embedding_learning_rate: float = 1e-4
+    """Adam's, of that VAE"""
 
     # BCQ arguments
     finetune_updates: int = 4000
@@ -287,6 +289,7 @@ class BCQ(nn.Module):
         self.vae_optimizer = adam(self.vae.parameters(), args.learning_rate)
         self.qf_optimizer = adam(qf_parameters, args.learning_rate)
         self.actor_optimizer = adam(self.actor.parameters(), args.learning_rate)
+        self.optimizers = [self.vae_optimizer, self.qf_optimizer, self.actor_optimizer]
 
     def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One update of every network on a batch as `Replay.gather` returns it; losses (G,)."""
@@ -321,9 +324,7 @@ class BCQ(nn.Module):
         actor_loss = -self.qf1(obs, self.actor(obs, sampled)).mean(1)
         step(self.actor_optimizer, actor_loss)
 
-        with torch.no_grad():
-            live, target_parameters = list(self.live.parameters()), list(self.target.parameters())
-            torch._foreach_lerp_(target_parameters, live, args.tau)
+        follow(self.target, self.live, args.tau)
         return {
             "losses/qf1_loss": qf1_loss.detach(),
             "losses/qf2_loss": qf2_loss.detach(),
@@ -361,13 +362,10 @@ class BCQ(nn.Module):
 
     def get_extra_state(self):
         """The optimisers' states, so that `state_dict` holds the whole learner."""
-        return [
-            o.state_dict() for o in (self.vae_optimizer, self.qf_optimizer, self.actor_optimizer)
-        ]
+        return [optimizer.state_dict() for optimizer in self.optimizers]
 
     def set_extra_state(self, state) -> None:
-        optimizers = (self.vae_optimizer, self.qf_optimizer, self.actor_optimizer)
-        for optimizer, its_state in zip(optimizers, state, strict=True):
+        for optimizer, its_state in zip(self.optimizers, state, strict=True):
             optimizer.load_state_dict(its_state)
 
 
@@ -385,6 +383,12 @@ def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     optimizer.step()
+
+
+@torch.no_grad()
+def follow(target: nn.Module, live: nn.Module, tau: float) -> None:
+    """Move target parameters by a share tau towards the live ones."""
+    torch._foreach_lerp_(list(target.parameters()), list(live.parameters()), tau)
 
 
 # --- Online transition correction ---
@@ -407,10 +411,10 @@ class TransitionSampler(nn.Module):
         if args.sampling == "otc" and args.distance == "embedding":
             sizes = (G, obs_dim, action_dim, args.hidden_size, args.embedding_dim)
             self.embedding = EmbeddingVAE(*sizes)
-            offline = replay.obs[:, : replay.num_offline].flatten(0, 1)
-            self.embedding.obs_mean.copy_(offline.mean(0))
-            self.embedding.obs_std.copy_(offline.std(0).clamp(min=1e-3))
-            self.optimizer = adam(self.embedding.parameters(), args.learning_rate)
+            obs_mean, obs_std = replay.obs_statistics()
+            self.embedding.obs_mean.copy_(obs_mean)
+            self.embedding.obs_std.copy_(obs_std.clamp(min=1e-3))
+            self.optimizer = adam(self.embedding.parameters(), args.embedding_learning_rate)
         if args.sampling == "balanced":
             self.density = DensityRatio(G, obs_dim, action_dim)
             self.optimizer = adam(self.density.parameters(), 3e-4)
@@ -428,7 +432,7 @@ class TransitionSampler(nn.Module):
         }
 
     @torch.no_grad()
-    def start_deployment(self, agent: BCQ, k: int) -> None:
+    def start_deployment(self, agent: nn.Module, k: int) -> None:
         """Once per deployment, after its data has been merged: adapt alpha, or begin a new density
         ratio."""
         replay, args = self.replay, self.args
@@ -459,7 +463,7 @@ class TransitionSampler(nn.Module):
             end = replay.num_offline + online
             self.priorities.fill(replay.num_offline, end, replay.num_offline / online)
 
-    def draw(self, agent: BCQ) -> torch.Tensor:
+    def draw(self, agent: nn.Module) -> torch.Tensor:
         """(G, batch_size) indices of the transitions of one update."""
         replay, args = self.replay, self.args
         if args.sampling == "uniform":
@@ -477,7 +481,7 @@ class TransitionSampler(nn.Module):
         return candidates.gather(1, picked)  # line 14
 
     @torch.no_grad()
-    def transition_distance(self, agent: BCQ, candidates: torch.Tensor, references: torch.Tensor):
+    def transition_distance(self, agent: nn.Module, candidates: torch.Tensor, references: torch.Tensor):
         """Distance of each candidate's next state to its best match's: indices (G, B), (G, D) ->
         (G, B)."""
         exclude = None
@@ -550,7 +554,7 @@ class TransitionSampler(nn.Module):
 # --- Deployment ---
 
 
-def act(agent: BCQ, obs: np.ndarray, num_seeds: int, device: torch.device) -> np.ndarray:
+def act(agent: nn.Module, obs: np.ndarray, num_seeds: int, device: torch.device) -> np.ndarray:
     """Actions of every seed's team, E environments per seed: (S * E, N, obs_dim) -> (S * E, N,
     action_dim)."""
     by_group = torch.as_tensor(obs).unflatten(0, (num_seeds, -1)).transpose(1, 2).flatten(0, 1)
@@ -559,7 +563,7 @@ def act(agent: BCQ, obs: np.ndarray, num_seeds: int, device: torch.device) -> np
     return by_env.cpu().numpy()
 
 
-def deploy(envs, agent: BCQ, steps: int, seed, device: torch.device):
+def deploy(envs, agent: nn.Module, steps: int, seed, device: torch.device):
     """Run pi^{k-1} for M steps, one environment per seed, without exploration.
 
     Returns the arguments of `Replay.add`, and each seed's returns of the episodes that began early
@@ -592,7 +596,7 @@ def deploy(envs, agent: BCQ, steps: int, seed, device: torch.device):
     return data, returns
 
 
-def evaluate(envs, agent: BCQ, num_seeds: int, seed, device: torch.device) -> list[list[float]]:
+def evaluate(envs, agent: nn.Module, num_seeds: int, seed, device: torch.device) -> list[list[float]]:
     """Returns of the first episode in every environment, per seed."""
     obs = envs.reset(seed=seed)
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
@@ -671,7 +675,7 @@ def main(args: Args) -> None:
         before = args.offline_updates + (phase - 1) * args.finetune_updates if phase else 0
         name = f"fine-tuning {phase}" if phase else "offline"
         for number in run.updates(name, done, stop, before):
-            losses, done = update(), number
+            losses, done = update(number), number
             if done % runs.LOG_EVERY == 0:
                 run.log_losses(losses, before + done)
                 obs = replay.gather(replay.draw_offline(args.batch_size))["obs"]

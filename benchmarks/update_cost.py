@@ -80,7 +80,7 @@ def main(args: Args) -> None:
             wait()
             start = time.perf_counter()
             for _ in range(args.updates):
-                call()
+                call(0)
             wait()
             if repetition > 0:  # the first round warms up
                 times[name].append(1e3 * (time.perf_counter() - start) / args.updates)

@@ -1,9 +1,8 @@
 """Offline data and growing online data on the device, drawn per group (agent and seed).
 
 The offline data is held once, whatever the number of seeds; each seed has its own online data.
-Observations and
-rewards belong to the team, actions are kept per agent: a group's batch holds its own agent's
-    actions and no other's.
+Observations and rewards belong to the team, actions are kept per agent: a group's batch holds its
+own agent's actions and no other's.
 
 An index counts a group's own transitions: 0 ... num_offline-1 are offline, then come its online
 transitions in the order of their collection. Draws and gathers never wait for the host, so that
@@ -128,6 +127,11 @@ class Replay:
     def latest_start(self) -> torch.Tensor:
         """Index of the first transition of D^k."""
         return self.num_offline + self.num_online - self.deployment_steps
+
+    def obs_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the offline observations, (obs_dim,) each."""
+        offline = self.obs[:, : self.num_offline].flatten(0, 1)
+        return offline.mean(0), offline.std(0)
 
     def is_online(self, index: torch.Tensor) -> torch.Tensor:
         """Whether each index (G, n) is an online transition."""

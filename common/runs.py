@@ -71,17 +71,21 @@ def check(args) -> None:
     Raises:
         InputError: names the flag, its value and what it may be.
     """
-    at_least_1 = """num_seeds batch_size candidates references dataset_size deployment_steps
-        eval_every finetune_updates checkpoint_every distance_candidates embedding_dim
-        hidden_size"""
-    at_least_0 = """seed offline_updates deployments alpha alpha_max embedding_kl_weight
-        learning_rate"""
-    bounds = dict.fromkeys(at_least_1.split(), 1) | dict.fromkeys(at_least_0.split(), 0)
-    for name, least in bounds.items():
-        value = getattr(args, name, None)
-        if value is not None and not (np.isfinite(value) and value >= least):
+    may_be_0 = {"seed", "offline_updates", "deployments", "clone_updates"}
+    above_0 = {"temperature", "kl_limit"}
+    at_most_1 = {"gamma", "tau", "gae_lambda"}
+    for field in dataclasses.fields(args):
+        name, value = field.name, getattr(args, field.name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        least = 1 if isinstance(value, int) and name not in may_be_0 else 0
+        most = 1 if name in at_most_1 else np.inf
+        expected = "more than 0" if name in above_0 else f"at least {least}"
+        expected += " and at most 1" if most == 1 else ""
+        too_small = value < least or (value == 0 and name in above_0)
+        if too_small or value > most or not np.isfinite(value):
             flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} is {value}; it must be at least {least}")
+            raise InputError(f"{flag} is {value}; it must be {expected}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device is available; use --device cpu or auto")
     if not args.replacement and args.batch_size > args.candidates:
@@ -121,35 +125,43 @@ def pick_device(args) -> torch.device:
 
 
 class Graphed:
-    """Calls a function without arguments, over and over: as it is, or as one captured CUDA graph.
+    """Calls a function once per update: as it is, or as a captured CUDA graph.
 
     The function must read and write tensors that stay where they are and never wait for the host.
     Its first calls run eagerly on a side stream, as capture demands; they are calls like any other,
     so nothing has to be undone.
+
+    Args:
+        function: called without arguments, or with the update's kind.
+        enabled: capture it.
+        kind_of: for updates of several kinds, such as those of a delayed actor: from the update's
+            number to its kind. Each kind has its own graph.
     """
 
-    def __init__(self, function: Callable, enabled: bool):
-        self.function = function
-        self.graph = None
-        self.warm_ups_left = 3
+    def __init__(self, function: Callable, enabled: bool, kind_of: Callable | None = None):
+        self.function, self.kind_of = function, kind_of
+        self.warm_ups_left, self.graphs, self.outputs = {}, {}, {}
         self.stream = torch.cuda.Stream() if enabled else None
 
-    def __call__(self):
+    def __call__(self, number: int):
+        """Make update `number` and return what the function returned."""
+        kind = () if self.kind_of is None else (self.kind_of(number),)
         if self.stream is None:
-            return self.function()
-        if self.warm_ups_left > 0:
-            self.warm_ups_left -= 1
+            return self.function(*kind)
+        left = self.warm_ups_left.get(kind, 3)
+        if left > 0:
+            self.warm_ups_left[kind] = left - 1
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                output = self.function()
+                output = self.function(*kind)
             torch.cuda.current_stream().wait_stream(self.stream)
             return output
-        if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.output = self.function()
-        self.graph.replay()
-        return self.output
+        if kind not in self.graphs:
+            self.graphs[kind] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[kind]):
+                self.outputs[kind] = self.function(*kind)
+        self.graphs[kind].replay()
+        return self.outputs[kind]
 
 
 # --- Files ---
@@ -217,9 +229,10 @@ def read_offline_checkpoint(args, script: str) -> dict:
         "seed",
         "num_seeds",
         "hidden_size",
+        "num_models",
         "embedding_dim",
     ):
-        was, now = checkpoint["args"].get(name), getattr(args, name)
+        was, now = checkpoint["args"].get(name), getattr(args, name, None)
         if was != now:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"--offline-checkpoint was trained with {flag} {was}, not {now}")

@@ -360,7 +360,7 @@ def test_graph_equals_eager_on_a_gpu(sampling, distance):
         torch.manual_seed(1)
         torch.cuda.set_sync_debug_mode("error" if not graphed else "default")
         for _ in range(20):
-            call()
+            call(0)
         torch.cuda.set_sync_debug_mode("default")
         trained.append([p.detach().cpu() for p in agent.parameters()])
     for eager, graph in zip(*trained, strict=True):
