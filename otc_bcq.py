@@ -481,7 +481,9 @@ class TransitionSampler(nn.Module):
         return candidates.gather(1, picked)  # line 14
 
     @torch.no_grad()
-    def transition_distance(self, agent: nn.Module, candidates: torch.Tensor, references: torch.Tensor):
+    def transition_distance(
+        self, agent: nn.Module, candidates: torch.Tensor, references: torch.Tensor
+    ):
         """Distance of each candidate's next state to its best match's: indices (G, B), (G, D) ->
         (G, B)."""
         exclude = None
@@ -596,7 +598,9 @@ def deploy(envs, agent: nn.Module, steps: int, seed, device: torch.device):
     return data, returns
 
 
-def evaluate(envs, agent: nn.Module, num_seeds: int, seed, device: torch.device) -> list[list[float]]:
+def evaluate(
+    envs, agent: nn.Module, num_seeds: int, seed, device: torch.device
+) -> list[list[float]]:
     """Returns of the first episode in every environment, per seed."""
     obs = envs.reset(seed=seed)
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
