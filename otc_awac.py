@@ -278,18 +278,31 @@ class AWAC(nn.Module):
         self.target = nn.ModuleList([self.target_qf1, self.target_qf2])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
+        # Scales of the offline observations (obs_dim,), applied to online ones unchanged
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
         self.qf_optimizer = adam(self.live.parameters(), args.critic_learning_rate)
         self.actor_optimizer = adam(self.actor.parameters(), args.actor_learning_rate)
         self.optimizers = [self.qf_optimizer, self.actor_optimizer]
 
+    def measure_scales(self, replay: Replay) -> None:
+        """Take the mean and standard deviation of the offline observations."""
+        obs_mean, obs_std = replay.obs_statistics()
+        self.obs_mean.copy_(obs_mean)
+        self.obs_std.copy_(obs_std + 1e-3)
+
+    def scaled(self, obs: torch.Tensor) -> torch.Tensor:
+        """Observations as the networks see them: (G, batch, obs_dim)."""
+        return (obs - self.obs_mean) / self.obs_std
+
     def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One update of every network on a batch as `Replay.gather` returns it; losses (G,)."""
         args = self.args
-        obs, actions = batch["obs"], batch["actions"]
+        obs, next_obs = self.scaled(batch["obs"]), self.scaled(batch["next_obs"])
+        actions = batch["actions"]
 
         # Critics: y = r + gamma * the smaller target critic at an action of the live policy.
         with torch.no_grad():
-            next_obs = batch["next_obs"]
             next_actions = self.actor.sample(next_obs)
             next_q1 = self.target_qf1(next_obs, next_actions)
             next_q2 = self.target_qf2(next_obs, next_actions)
@@ -316,19 +329,22 @@ class AWAC(nn.Module):
 
     @torch.no_grad()
     def advantage_weights(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """exp(A / temperature) up to weight_max, A = Q(s, a_i) - Q(s, an action of the policy):
-        (G, batch)."""
-        advantage = self.q_value(obs, actions) - self.q_value(obs, self.actor.sample(obs))
+        """exp(A / temperature) up to weight_max, A = Q(s, a_i) - Q(s, an action of the policy), of
+        scaled observations: (G, batch)."""
+        policy_actions = self.actor.sample(obs)
+        q = torch.minimum(self.qf1(obs, actions), self.qf2(obs, actions))
+        advantage = q - torch.minimum(self.qf1(obs, policy_actions), self.qf2(obs, policy_actions))
         return (advantage / self.args.temperature).exp().clamp(max=self.args.weight_max)
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """The policy's mean: (G, E, obs_dim) -> (G, E, action_dim)."""
-        return self.actor(obs)
+        return self.actor(self.scaled(obs))
 
     @torch.no_grad()
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q(s, a_i), the smaller of the live twin critics: (G, batch)."""
+        obs = self.scaled(obs)
         return torch.minimum(self.qf1(obs, actions), self.qf2(obs, actions))
 
     @torch.no_grad()
@@ -336,7 +352,7 @@ class AWAC(nn.Module):
         """V(s), the mean of Q over num_value_actions actions of the policy: (G, batch)."""
         num = self.args.num_value_actions
         repeated = obs.repeat_interleave(num, dim=1)
-        actions = self.actor.sample(repeated)
+        actions = self.actor.sample(self.scaled(repeated))
         return self.q_value(repeated, actions).unflatten(1, (-1, num)).mean(2)
 
     def get_extra_state(self):
@@ -618,6 +634,7 @@ def main(args: Args) -> None:
     del dataset
     with device:
         agent = AWAC(S * N, envs.obs_dim, envs.action_dim, args)
+        agent.measure_scales(replay)
         transitions = TransitionSampler(replay, args)
     graph = args.cuda_graph and device.type == "cuda"
     phase, done = 0, 0  # deployment k, 0 for the offline phase, and its updates so far

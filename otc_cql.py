@@ -274,6 +274,9 @@ class CQL(nn.Module):
         self.target = nn.ModuleList([self.target_qf1, self.target_qf2])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
+        # Scales of the offline observations (obs_dim,), applied to online ones unchanged
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
         self.log_temperature = nn.Parameter(torch.zeros(G))  # SAC's, of the entropy
         self.log_factor = nn.Parameter(torch.zeros(G))  # of the penalty, with --lagrange
         self.qf_optimizer = adam(self.live.parameters(), args.critic_learning_rate)
@@ -287,10 +290,21 @@ class CQL(nn.Module):
             self.factor_optimizer,
         ]
 
+    def measure_scales(self, replay: Replay) -> None:
+        """Take the mean and standard deviation of the offline observations."""
+        obs_mean, obs_std = replay.obs_statistics()
+        self.obs_mean.copy_(obs_mean)
+        self.obs_std.copy_(obs_std + 1e-3)
+
+    def scaled(self, obs: torch.Tensor) -> torch.Tensor:
+        """Observations as the networks see them: (G, batch, obs_dim)."""
+        return (obs - self.obs_mean) / self.obs_std
+
     def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One update of every network on a batch as `Replay.gather` returns it; losses (G,)."""
         args = self.args
-        obs, actions, next_obs = batch["obs"], batch["actions"], batch["next_obs"]
+        obs, next_obs = self.scaled(batch["obs"]), self.scaled(batch["next_obs"])
+        actions = batch["actions"]
 
         # Critics: y = r + gamma * the smaller target critic at an action of the policy, without
         # its entropy; and the conservative penalty.
@@ -360,11 +374,12 @@ class CQL(nn.Module):
     @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """The tanh of the policy's mean: (G, E, obs_dim) -> (G, E, action_dim)."""
-        return torch.tanh(self.actor(obs)[0])
+        return torch.tanh(self.actor(self.scaled(obs))[0])
 
     @torch.no_grad()
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q(s, a_i), the smaller of the live twin critics: (G, batch)."""
+        obs = self.scaled(obs)
         return torch.minimum(self.qf1(obs, actions), self.qf2(obs, actions))
 
     @torch.no_grad()
@@ -372,7 +387,7 @@ class CQL(nn.Module):
         """V(s), the mean of Q over num_value_actions actions of the policy: (G, batch)."""
         num = self.args.num_value_actions
         repeated = obs.repeat_interleave(num, dim=1)
-        actions = self.actor.sample(obs, num)[0].flatten(1, 2)
+        actions = self.actor.sample(self.scaled(obs), num)[0].flatten(1, 2)
         return self.q_value(repeated, actions).unflatten(1, (-1, num)).mean(2)
 
     def get_extra_state(self):
@@ -654,6 +669,7 @@ def main(args: Args) -> None:
     del dataset
     with device:
         agent = CQL(S * N, envs.obs_dim, envs.action_dim, args)
+        agent.measure_scales(replay)
         transitions = TransitionSampler(replay, args)
     graph = args.cuda_graph and device.type == "cuda"
     phase, done = 0, 0  # deployment k, 0 for the offline phase, and its updates so far

@@ -5,6 +5,8 @@
     done
     python -m benchmarks.offline_table runs/offline --csv docs/results/bcq_offline.csv
 
+and for the runs of benchmarks/single_agent.sh, `runs/single_agent`.
+
 The behaviour's return is the mean of the data's whole episodes, from docs/results/datasets.csv.
 """
 
@@ -45,7 +47,9 @@ def main(args: Args) -> None:
             score = normalized_score(parse_env(env)[0], behaviour[env])
             rows.append(
                 {
+                    "script": run["script"],
                     "env": env,
+                    "split": run["args"]["split"] or "",
                     "seed": run["seed"],
                     "offline_updates": run["args"]["offline_updates"],
                     "episodes": int(first["episodes"]),
@@ -56,16 +60,19 @@ def main(args: Args) -> None:
                     "behaviour_score": round(float(score), 2),
                 }
             )
-    print("| data | updates | seeds | behaviour: return | score | BCQ: return | score |")
-    print("|---|---|---|---|---|---|---|")
-    for env in dict.fromkeys(row["env"] for row in rows):
-        of = [row for row in rows if row["env"] == env]
+    print("| script | data | split | updates | seeds | behaviour: return | score | return | score |")
+    print("|---" * 9 + "|")
+    keys = ("script", "env", "split", "offline_updates")
+    for key in sorted({tuple(row[name] for name in keys) for row in rows}):
+        of = [row for row in rows if tuple(row[name] for name in keys) == key]
         returns = np.array([row["mean_return"] for row in of])
         scores = np.array([row["normalized_score"] for row in of])
         spread = f"{scores.mean():.1f}" + (f" +- {scores.std():.1f}" if len(of) > 1 else "")
+        script, env, split, updates = key
         print(
-            f"| {env} | {of[0]['offline_updates']:,} | {len(of)} | {of[0]['behaviour_return']:.0f} "
-            f"| {of[0]['behaviour_score']:.1f} | {returns.mean():.0f} | {spread} |"
+            f"| {script} | {env} | {split} | {updates:,} | {len(of)} "
+            f"| {of[0]['behaviour_return']:.0f} | {of[0]['behaviour_score']:.1f} "
+            f"| {returns.mean():.0f} | {spread} |"
         )
     if args.csv:
         write_csv(args.csv, rows)
