@@ -60,7 +60,9 @@ def main(args: Args) -> None:
                     "behaviour_score": round(float(score), 2),
                 }
             )
-    print("| script | data | split | updates | seeds | behaviour: return | score | return | score |")
+    print(
+        "| script | data | split | updates | seeds | behaviour: return | score | return | score |"
+    )
     print("|---" * 9 + "|")
     keys = ("script", "env", "split", "offline_updates")
     for key in sorted({tuple(row[name] for name in keys) for row in rows}):

@@ -1,0 +1,1019 @@
+"""OTC on BREMEN: online tuning for offline decentralised multi-agent reinforcement learning.
+
+Every agent learns an ensemble of dynamics models from its own logged data (s, a_i, r, s'), without
+the other agents' actions, clones the data's policy, and improves it by TRPO on rollouts that it
+imagines in that ensemble. The agents are then deployed K times for M steps; after each deployment
+they fine-tune on the merged data, where OTC (online transition correction) draws the transitions
+that the models are fitted to: those whose next states agree with what the latest deployment shows.
+
+Papers: OTC, Jiang and Lu, AAAI 2023; BREMEN, Matsushima et al., ICLR 2021,
+https://arxiv.org/abs/2006.03647; TRPO, Schulman et al., ICML 2015. Against BREMEN's own code
+(https://github.com/matsuolab/BREMEN): agents and seeds are stacked, reward and termination are
+learned, rollouts are short, start from states of the data and bootstrap with a learned value at
+their end, and models and policy go on from deployment to deployment. The whole list, and what OTC
+leaves open, is in docs/otc_bremen.md and docs/otc.md.
+
+    python otc_bremen.py --env halfcheetah-medium
+
+What it scores and how long it takes: docs/otc_bremen.md.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import datasets, runs, sampler
+from common.envs import make_vec
+from common.replay import Replay
+
+
+@dataclass
+class Args:
+    # General arguments, the same in every script
+    env: str = "halfcheetah-medium"
+    """task and data quality; or package.module:factory of a PettingZoo ParallelEnv, together with
+    --dataset FILE"""
+    dataset: str = "built-in"
+    """built-in, d4rl, minari, a D4RL-layout HDF5 file, or a Minari id"""
+    dataset_size: int | None = None
+    """fewer offline transitions, for a quick look; default: the data's own size"""
+    split: str | None = None
+    """partition of the joints as AGENTSxJOINTS, such as 1x6 or 6x1; default: the task's own"""
+    seed: int = 1
+    """first seed"""
+    num_seeds: int = 1
+    """seeds `seed ... seed+num_seeds-1`, trained together and logged as separate runs"""
+    offline_updates: int = 100_000
+    """updates on the offline data before the first deployment"""
+    deployments: int = 10
+    """K, the number of deployments"""
+    deployment_steps: int | None = None
+    """M, environment steps per deployment and seed; default: 1 % of the offline data"""
+    batch_size: int = 128
+    """transitions per update"""
+    eval_every: int = 10_000
+    """offline updates between two evaluations of 10 episodes"""
+    checkpoint_every: int = 10_000
+    """updates between two checkpoints, besides those at every deployment"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one"""
+    cuda_graph: bool = True
+    """on CUDA, capture the whole update in one graph"""
+    run_dir: str = "runs"
+    """folder of the run folders"""
+    resume: str | None = None
+    """run folder to continue, with the arguments it was started with"""
+    offline_checkpoint: str | None = None
+    """run folder whose offline policy to start the deployments from, instead of training one"""
+
+    # OTC arguments, the same in every script
+    sampling: Literal["otc", "uniform", "balanced", "online", "offline"] = "otc"
+    """transitions of a fine-tuning update: otc; uniform over all data; balanced (Balanced Replay);
+    online data only; or offline data only, the control that further updates alone are measured
+    by"""
+    candidates: int = 512
+    """size of the minibatch B of all data that OTC draws from"""
+    references: int = 2000
+    """size of the minibatch D of the latest deployment's data that candidates are matched with"""
+    alpha: float = 1.0
+    """first degree of the correction, equation (3); 0 is uniform"""
+    adaptive_alpha: bool = True
+    """change alpha with the mean transition distance, equation (4)"""
+    alpha_max: float | None = None
+    """ceiling of the adaptive alpha; default: none, as in the paper"""
+    replacement: bool = True
+    """draw ranks with replacement"""
+    exclude_self_matches: bool = False
+    """never match a candidate with itself"""
+    distance_candidates: int = 25_600
+    """transitions of all data whose mean distance to the latest deployment's data enters equation
+    (4); where the data has no more, all of it"""
+    embedding_dim: int = 10
+    """latent size of the conditional VAE of the embedding distance"""
+    embedding_kl_weight: float = 5e-4
+    """weight of the KL divergence against the squared error in that VAE; see docs/otc.md"""
+    embedding_learning_rate: float = 1e-4
+    """Adam's, of that VAE"""
+
+    # BREMEN arguments
+    finetune_updates: int = 2000
+    """L, updates after each deployment"""
+    distance: Literal["embedding", "value"] = "embedding"
+    """value (d_q) or embedding (d_e: a conditional VAE's mean, trained in the offline phase)"""
+    hidden_size: int = 256
+    """units in each of the two hidden layers of every network"""
+    actor_learning_rate: float = 1e-4
+    """Adam's, of the policy while it clones the data"""
+    critic_learning_rate: float = 5e-4
+    """Adam's, of the dynamics models and the value network"""
+    gamma: float = 0.99
+    """discount"""
+    tau: float = 0.005
+    """rate at which the target value network follows"""
+    num_models: int = 5
+    """members of the dynamics ensemble of each agent"""
+    termination: Literal["learned", "never"] = "learned"
+    """whether imagined rollouts end where a member says so; never: for tasks that only time ends"""
+    clone_updates: int = 50_000
+    """offline updates that clone the data's policy and learn its value, before any improvement"""
+    improve_every: int = 100
+    """updates of the models per TRPO step on imagined rollouts, after cloning"""
+    rollouts: int = 200
+    """imagined rollouts per improvement, from states of the data"""
+    rollout_length: int = 25
+    """steps of an imagined rollout"""
+    policy_std: float = 0.1
+    """standard deviation of the policy's noise at first; TRPO changes it"""
+    kl_limit: float = 0.05
+    """largest mean KL divergence of the policy before an improvement from the one after it"""
+    cg_iterations: int = 10
+    """iterations of the conjugate gradient"""
+    gae_lambda: float = 0.95
+    """lambda of the generalised advantages and of the returns that the value is fitted to"""
+    value_updates: int = 40
+    """minibatch steps of the value network per improvement"""
+
+
+# --- Networks ---
+# Every tensor starts with the group dimension G: g = seed_index * num_agents + agent.
+
+
+class Linear(nn.Module):
+    """G independent linear layers: (G, batch, in) -> (G, batch, out)."""
+
+    def __init__(self, num_groups: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_groups, in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(num_groups, 1, out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+def mlp(num_groups: int, in_features: int, hidden_size: int, out_features: int) -> nn.Sequential:
+    """Two hidden layers with ReLU."""
+    return nn.Sequential(
+        Linear(num_groups, in_features, hidden_size),
+        nn.ReLU(inplace=True),
+        Linear(num_groups, hidden_size, hidden_size),
+        nn.ReLU(inplace=True),
+        Linear(num_groups, hidden_size, out_features),
+    )
+
+
+class EmbeddingVAE(nn.Module):
+    """OTC's conditional VAE: encodes (s, a_i, s') into an embedding and decodes a_i from (s, s',
+    z); section 3.5."""
+
+    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int, latent_dim: int):
+        super().__init__()
+        self.encoder = mlp(G, 2 * obs_dim + action_dim, hidden_size, 2 * latent_dim)
+        self.decoder = mlp(G, 2 * obs_dim + latent_dim, hidden_size, action_dim)
+        # Scales of the offline observations (obs_dim,), kept with the weights.
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+
+    def encode(self, obs, actions, next_obs):
+        """Mean and log-std of the embedding, each (G, batch, latent_dim)."""
+        obs = (obs - self.obs_mean) / self.obs_std
+        next_obs = (next_obs - self.obs_mean) / self.obs_std
+        mean, log_std = self.encoder(torch.cat([obs, actions, next_obs], dim=2)).chunk(2, dim=2)
+        return mean, log_std.clamp(-4, 15)
+
+    def loss(self, obs, actions, next_obs):
+        """Squared error of the decoded action and KL divergence of the embedding; (G,) each."""
+        mean, log_std = self.encode(obs, actions, next_obs)
+        z = mean + log_std.exp() * torch.randn_like(mean)
+        obs = (obs - self.obs_mean) / self.obs_std
+        next_obs = (next_obs - self.obs_mean) / self.obs_std
+        decoded = torch.tanh(self.decoder(torch.cat([obs, next_obs, z], dim=2)))
+        return (decoded - actions).square().mean((1, 2)), kl_divergence(mean, log_std)
+
+
+def kl_divergence(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """KL of N(mean, std) from N(0, 1), averaged over batch and latent dimensions: (G, batch,
+    latent) -> (G,)."""
+    return -0.5 * (1 + 2 * log_std - mean.square() - (2 * log_std).exp()).mean((1, 2))
+
+
+class DensityRatio(nn.Module):
+    """Balanced Replay's w(s, a_i), how much likelier a pair is online than offline; Lee et al.,
+    CoRL 2021."""
+
+    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int = 256):
+        super().__init__()
+        self.network = mlp(G, obs_dim + action_dim, hidden_size, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in self.network[::2]:
+            layer.reset_parameters()
+        nn.init.ones_(self.network[-1].bias)
+
+    def forward(self, obs, actions):
+        """(G, batch) ratio, at least 0."""
+        return F.relu(self.network(torch.cat([obs, actions], dim=2))).squeeze(2)
+
+    def loss(self, offline, online):
+        """Jensen-Shannon bound on two batches; (G,)."""
+        w_offline = self(offline["obs"], offline["actions"])
+        w_online = self(online["obs"], online["actions"])
+        offline_term = -torch.log(2 / (w_offline + 1) + 1e-10).mean(1)
+        return offline_term - torch.log(2 * w_online / (w_online + 1) + 1e-10).mean(1)
+
+
+class DynamicsEnsemble(nn.Module):
+    """num_models deterministic networks per group, from (s, a_i) to the change of state, the reward
+    and the logit of termination; row g * num_models + m is member m of group g."""
+
+    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int, num_models: int):
+        super().__init__()
+        self.num_models = num_models
+        self.network = mlp(G * num_models, obs_dim + action_dim, hidden_size, obs_dim + 2)
+        # Scales of the offline data, kept with the weights and applied to online data unchanged
+        for name in ("obs_mean", "delta_mean"):
+            self.register_buffer(name, torch.zeros(obs_dim))
+        for name in ("obs_std", "delta_std"):
+            self.register_buffer(name, torch.ones(obs_dim))
+        self.register_buffer("reward_mean", torch.zeros(()))
+        self.register_buffer("reward_std", torch.ones(()))
+        # Bounding box of the data, which imagined states do not leave
+        self.register_buffer("obs_low", torch.full((obs_dim,), -torch.inf))
+        self.register_buffer("obs_high", torch.full((obs_dim,), torch.inf))
+
+    def measure_scales(self, replay: Replay) -> None:
+        """Take the scales and the bounding box of the offline data."""
+        obs, next_obs = (
+            x[:, : replay.num_offline].flatten(0, 1) for x in (replay.obs, replay.next_obs)
+        )
+        delta, rewards = next_obs - obs, replay.rewards[0, : replay.num_offline]
+        for name, data in (("obs", obs), ("delta", delta), ("reward", rewards)):
+            getattr(self, f"{name}_mean").copy_(data.mean(0))
+            getattr(self, f"{name}_std").copy_(data.std(0) + 1e-3)
+        self.obs_low.copy_(torch.minimum(obs.amin(0), next_obs.amin(0)))
+        self.obs_high.copy_(torch.maximum(obs.amax(0), next_obs.amax(0)))
+
+    def scaled(self, obs: torch.Tensor) -> torch.Tensor:
+        """Observations as every network sees them."""
+        return (obs - self.obs_mean) / self.obs_std
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Squared errors of the scaled change of state and reward, cross-entropy of termination;
+        (G, num_models) each. Members see the same batch and differ by their initialisation."""
+        obs, rewards = batch["obs"], batch["rewards"]
+        delta = (batch["next_obs"] - obs - self.delta_mean) / self.delta_std
+        rewards = (rewards - self.reward_mean) / self.reward_std
+        x = torch.cat([self.scaled(obs), batch["actions"]], dim=2)
+        output = self.network(x.repeat_interleave(self.num_models, dim=0))
+        # (G, num_models, batch, obs_dim), and twice (G, num_models, batch)
+        output = output.unflatten(0, (-1, self.num_models))
+        output_delta, output_reward, logit = output[..., :-2], output[..., -2], output[..., -1]
+        terminations = batch["terminations"].unsqueeze(1).expand_as(logit)
+        return (
+            (output_delta - delta.unsqueeze(1)).square().mean((2, 3)),
+            (output_reward - rewards.unsqueeze(1)).square().mean(2),
+            F.binary_cross_entropy_with_logits(logit, terminations, reduction="none").mean(2),
+        )
+
+    def predict(self, obs: torch.Tensor, actions: torch.Tensor, members: torch.Tensor):
+        """What member `members[g]` (G,) of each group g expects, and no other is evaluated.
+
+        Returns the next state (G, batch, obs_dim), the reward and the probability of termination
+        (G, batch).
+        """
+        first = torch.arange(0, len(self.network[0].weight), self.num_models, device=obs.device)
+        rows = first + members
+        weights = {name: p.index_select(0, rows) for name, p in self.network.named_parameters()}
+        x = torch.cat([self.scaled(obs), actions], dim=2)
+        output = torch.func.functional_call(self.network, weights, x)
+        next_obs = obs + self.delta_mean + self.delta_std * output[..., :-2]
+        rewards = self.reward_mean + self.reward_std * output[..., -2]
+        return (
+            torch.clamp(next_obs, self.obs_low, self.obs_high),
+            rewards,
+            torch.sigmoid(output[..., -1]),
+        )
+
+
+class GaussianActor(nn.Module):
+    """pi(a_i | s): a Gaussian with a tanh mean and a learned log-std per action dimension.
+
+    It is not squashed: what leaves the action box is clamped where it is used.
+    """
+
+    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int, std: float):
+        super().__init__()
+        self.network = mlp(G, obs_dim, hidden_size, action_dim)
+        share = np.clip(1 + np.log(max(std, 1e-9)) / 5, 0.01, 0.99)
+        raw_log_std = float(np.log(share / (1 - share)))
+        self.raw_log_std = nn.Parameter(torch.full((G, 1, action_dim), raw_log_std))
+
+    @property
+    def log_std(self) -> torch.Tensor:
+        """(G, 1, action_dim) in (-5, 0); a sigmoid, as a clamp would lose its gradient outside."""
+        return 5 * torch.sigmoid(self.raw_log_std) - 5
+
+    def forward(self, obs):
+        """Mean (G, batch, action_dim) and log-std (G, 1, action_dim)."""
+        return torch.tanh(self.network(obs)), self.log_std
+
+
+class ValueNetwork(nn.Module):
+    """V(s); its network's output is in units of the reward's spread over the horizon."""
+
+    def __init__(self, G: int, obs_dim: int, hidden_size: int):
+        super().__init__()
+        self.network = mlp(G, obs_dim, hidden_size, 1)
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, obs):
+        """(G, batch)"""
+        return self.mean + self.scale * self.network(obs).squeeze(2)
+
+    def loss(self, obs, target):
+        """Squared error in those units, (G, batch)."""
+        return ((self(obs) - target) / self.scale).square()
+
+
+# --- Agents ---
+
+
+class BREMEN(nn.Module):
+    """G independent BREMEN learners; losses are averaged over the batch and summed over G."""
+
+    def __init__(self, G: int, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.args = args
+        self.model = DynamicsEnsemble(G, obs_dim, action_dim, args.hidden_size, args.num_models)
+        self.actor = GaussianActor(G, obs_dim, action_dim, args.hidden_size, args.policy_std)
+        self.vf = ValueNetwork(G, obs_dim, args.hidden_size)
+        self.target_vf = ValueNetwork(G, obs_dim, args.hidden_size)
+        self.target_vf.load_state_dict(self.vf.state_dict())
+        self.target_vf.requires_grad_(False)
+        # What was last measured, since not every kind of update measures everything
+        self.latest = ("model_loss", "reward_loss", "termination_loss", "clone_loss", "value_loss")
+        self.latest += ("surrogate", "kl", "step_size", "imagined_return")
+        for name in self.latest:
+            self.register_buffer(name, torch.zeros(G))
+        self.model_optimizer = adam(self.model.parameters(), args.critic_learning_rate)
+        self.vf_optimizer = adam(self.vf.parameters(), args.critic_learning_rate)
+        self.clone_optimizer = adam(self.actor.network.parameters(), args.actor_learning_rate)
+        self.optimizers = [self.model_optimizer, self.vf_optimizer, self.clone_optimizer]
+
+    def measure_scales(self, replay: Replay) -> None:
+        """Once, before training: the scales of the offline data."""
+        self.model.measure_scales(replay)
+        horizon = 1 / max(1 - self.args.gamma, 1e-3)
+        for vf in (self.vf, self.target_vf):
+            vf.mean.copy_(self.model.reward_mean * horizon)
+            vf.scale.copy_(self.model.reward_std * horizon)
+
+    def report(self, **measured: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Keep what was measured, (G,) each, and return it with what was measured before."""
+        for name, value in measured.items():
+            getattr(self, name).copy_(value.detach())
+        losses = {f"losses/{name}": getattr(self, name) for name in self.latest}
+        policy_std = self.actor.log_std.detach().exp().mean((1, 2))
+        return losses | {"losses/policy_std": policy_std}
+
+    def update(self, batch: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+        """One update of the models, and of the cloned policy and its value where `kind` is "clone",
+        on a batch as `Replay.gather` returns it; losses (G,)."""
+        args = self.args
+        model_loss, reward_loss, termination_loss = self.model.loss(batch)  # (G, num_models)
+        loss = model_loss + reward_loss
+        if args.termination == "learned":
+            loss = loss + termination_loss
+        step(self.model_optimizer, loss)
+        measured = {
+            "model_loss": model_loss.mean(1),
+            "reward_loss": reward_loss.mean(1),
+            "termination_loss": termination_loss.mean(1),
+        }
+        if kind == "clone":
+            obs, next_obs = self.model.scaled(batch["obs"]), self.model.scaled(batch["next_obs"])
+            mean, _ = self.actor(obs)
+            clone_loss = (mean - batch["actions"]).square().mean((1, 2))
+            step(self.clone_optimizer, clone_loss)
+
+            # The value of the policy that made the data, by TD(0)
+            with torch.no_grad():
+                next_value = self.target_vf(next_obs)
+                target = batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_value
+            value_loss = self.vf.loss(obs, target).mean(1)
+            step(self.vf_optimizer, value_loss)
+            follow(self.target_vf, self.vf, args.tau)
+            measured |= {"clone_loss": clone_loss, "value_loss": value_loss}
+        return self.report(**measured)
+
+    def improve(self, start_obs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """One TRPO step on rollouts imagined from start_obs (G, rollouts, obs_dim), then the value
+        is fitted to their lambda-returns; losses (G,)."""
+        args = self.args
+        obs, actions, rewards, ends, valid = self.imagine(start_obs)
+        with torch.no_grad():
+            values = self.vf(obs.flatten(1, 2)).unflatten(1, obs.shape[1:3])  # (G, T + 1, R)
+            advantages = generalized_advantages(rewards, values, ends, args.gamma, args.gae_lambda)
+            returns = advantages + values[:, :-1]
+            imagined_return = (rewards * valid).sum(1).mean(1)
+
+        # Every imagined step is a row, (G, T * R); those after an end have weight 0.
+        obs, actions = obs[:, :-1].flatten(1, 2), actions.flatten(1, 2)
+        advantages, returns, valid = (x.flatten(1) for x in (advantages, returns, valid))
+        weights = valid / valid.sum(1, keepdim=True)
+        advantages = advantages - (weights * advantages).sum(1, keepdim=True)
+        spread = (weights * advantages.square()).sum(1, keepdim=True).sqrt()
+        advantages = advantages / (spread + 1e-8)
+        surrogate, kl, step_size = self.improve_policy(obs, actions, advantages, weights)
+
+        for _ in range(args.value_updates):
+            index = torch.randint(obs.shape[1], (len(obs), args.batch_size), device=obs.device)
+            some_obs = obs.take_along_dim(index.unsqueeze(2), dim=1)
+            value_loss = self.vf.loss(some_obs, returns.gather(1, index))  # (G, batch)
+            some_valid = valid.gather(1, index)
+            value_loss = (some_valid * value_loss).sum(1) / some_valid.sum(1).clamp(min=1)
+            step(self.vf_optimizer, value_loss)
+        return self.report(
+            surrogate=surrogate,
+            kl=kl,
+            step_size=step_size,
+            imagined_return=imagined_return,
+            value_loss=value_loss,
+        )
+
+    @torch.no_grad()
+    def imagine(self, obs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """T = rollout_length steps of the policy in the ensemble from obs (G, R, obs_dim), one
+        random member per group and step.
+
+        Returns:
+            scaled obs (G, T + 1, R, obs_dim), actions (G, T, R, action_dim), rewards, ends and
+            valid (G, T, R): valid is 1 up to the step where a rollout ends, 0 behind it.
+        """
+        args, steps, all_obs = self.args, [], []
+        valid = torch.ones_like(obs[..., 0])
+        for _ in range(args.rollout_length):
+            all_obs.append(self.model.scaled(obs))
+            mean, log_std = self.actor(all_obs[-1])
+            actions = mean + log_std.exp() * torch.randn_like(mean)
+            members = torch.randint(args.num_models, (len(obs),), device=obs.device)
+            obs, rewards, p_end = self.model.predict(obs, actions.clamp(-1, 1), members)
+            ends = (
+                (p_end > 0.5).float() if args.termination == "learned" else torch.zeros_like(p_end)
+            )
+            steps.append((actions, rewards, ends, valid))
+            valid = valid * (1 - ends)
+        all_obs.append(self.model.scaled(obs))
+        return torch.stack(all_obs, dim=1), *(
+            torch.stack(column, dim=1) for column in zip(*steps, strict=True)
+        )
+
+    def improve_policy(self, obs, actions, advantages, weights) -> tuple[torch.Tensor, ...]:
+        """A TRPO step on weighted rows (G, n): surrogate's improvement, KL and step size, (G,)."""
+        theta = flat_parameters(self.actor).requires_grad_()  # (G, P)
+        with torch.no_grad():
+            old_mean, old_log_std = self.actor(obs)
+            old_log_prob = log_prob(old_mean, old_log_std, actions)
+
+        def policy(theta, obs):
+            return torch.func.functional_call(self.actor, shaped_like(self.actor, theta), obs)
+
+        def surrogate(mean, log_std):
+            ratio = (log_prob(mean, log_std, actions) - old_log_prob).exp()
+            return (weights * ratio * advantages).sum(1)
+
+        @torch.no_grad()
+        def evaluate(theta):
+            mean, log_std = policy(theta, obs)
+            kl = (weights * kl_between(old_mean, old_log_std, mean, log_std)).sum(1)
+            return surrogate(mean, log_std), kl
+
+        (gradient,) = torch.autograd.grad(surrogate(*policy(theta, obs)).sum(), theta)
+        # The Fisher matrix needs fewer rows than the gradient (Schulman et al.'s appendix C).
+        some = weights[:, ::FISHER_EVERY] / weights[:, ::FISHER_EVERY].sum(1, keepdim=True)
+        new = policy(theta, obs[:, ::FISHER_EVERY])
+        kl = (some * kl_between(*(x.detach() for x in new), *new)).sum()
+        (kl_gradient,) = torch.autograd.grad(kl, theta, create_graph=True)
+
+        def fisher_vector_product(vector):
+            product = torch.autograd.grad(kl_gradient, theta, vector, retain_graph=True)[0]
+            return product + CG_DAMPING * vector
+
+        new_theta, *result = trust_region_step(
+            theta.detach(),
+            gradient,
+            fisher_vector_product,
+            evaluate,
+            self.args.kl_limit,
+            self.args.cg_iterations,
+        )
+        with torch.no_grad():
+            for name, value in shaped_like(self.actor, new_theta).items():
+                self.actor.get_parameter(name).copy_(value)
+        return tuple(result)
+
+    @torch.no_grad()
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        """The policy's mean: (G, E, obs_dim) -> (G, E, action_dim)."""
+        return self.actor(self.model.scaled(obs))[0]
+
+    @torch.no_grad()
+    def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """Q(s, a_i), the mean over members of the reward and the value they expect: (G, batch)."""
+        q = 0
+        for m in range(self.args.num_models):
+            members = torch.full((len(obs),), m, device=obs.device)
+            next_obs, rewards, p_end = self.model.predict(obs, actions, members)
+            goes_on = 1 - p_end if self.args.termination == "learned" else 1
+            q = q + rewards + self.args.gamma * goes_on * self.value(next_obs)
+        return q / self.args.num_models
+
+    @torch.no_grad()
+    def value(self, obs: torch.Tensor) -> torch.Tensor:
+        """V(s): (G, batch)."""
+        return self.vf(self.model.scaled(obs))
+
+    def get_extra_state(self):
+        """The optimisers' states, so that `state_dict` holds the whole learner."""
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def set_extra_state(self, state) -> None:
+        for optimizer, its_state in zip(self.optimizers, state, strict=True):
+            optimizer.load_state_dict(its_state)
+
+
+def adam(parameters, learning_rate: float) -> torch.optim.Adam:
+    """Adam in one kernel, able to be captured in a CUDA graph."""
+    parameters = list(parameters)
+    capturable = parameters[0].is_cuda
+    return torch.optim.Adam(parameters, learning_rate, fused=True, capturable=capturable)
+
+
+def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One step on the sum of a loss (G,), with gradients of the optimiser's own parameters only."""
+    parameters = optimizer.param_groups[0]["params"]
+    gradients = torch.autograd.grad(loss.sum(), parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+@torch.no_grad()
+def follow(target: nn.Module, live: nn.Module, tau: float) -> None:
+    """Move target parameters by a share tau towards the live ones."""
+    torch._foreach_lerp_(list(target.parameters()), list(live.parameters()), tau)
+
+
+# --- Trust region policy optimisation ---
+# Parameters and directions are flat, (G, P). A group's step depends on no other group's.
+
+FISHER_EVERY = 5  # share of the imagined steps in the Fisher matrix: one of so many
+CG_DAMPING = 0.1  # multiple of the identity added to it
+LINE_SEARCH = [0.7**j for j in range(10)]  # shares of the full step that are tried
+
+
+def flat_parameters(module: nn.Module) -> torch.Tensor:
+    """A copy of the parameters of a stack of networks, (G, P)."""
+    return torch.cat([p.detach().flatten(1) for p in module.parameters()], dim=1)
+
+
+def shaped_like(module: nn.Module, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Flat parameters (G, P) by name and in their shapes."""
+    named = dict(module.named_parameters())
+    pieces = flat.split([p[0].numel() for p in named.values()], dim=1)
+    return {n: piece.view_as(p) for (n, p), piece in zip(named.items(), pieces, strict=True)}
+
+
+def log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """Log-density of a Gaussian, without its constant: (G, n)."""
+    return -(0.5 * ((actions - mean) / log_std.exp()).square() + log_std).sum(2)
+
+
+def kl_between(old_mean, old_log_std, mean, log_std) -> torch.Tensor:
+    """KL(old || new) of two Gaussians, (G, n)."""
+    old_var, var = (2 * old_log_std).exp(), (2 * log_std).exp()
+    distance = (old_var + (old_mean - mean).square()) / (2 * var)
+    return (log_std - old_log_std + distance - 0.5).sum(2)
+
+
+def generalized_advantages(rewards, values, ends, gamma: float, gae_lambda: float) -> torch.Tensor:
+    """GAE(lambda): rewards, ends (G, T, R), values (G, T + 1, R) -> (G, T, R).
+
+    A rollout that is cut bootstraps with its last value; one that ends does not.
+    """
+    deltas = rewards + gamma * (1 - ends) * values[:, 1:] - values[:, :-1]
+    advantages, advantage = [], torch.zeros_like(deltas[:, 0])
+    for t in reversed(range(deltas.shape[1])):
+        advantage = deltas[:, t] + gamma * gae_lambda * (1 - ends[:, t]) * advantage
+        advantages.append(advantage)
+    return torch.stack(advantages[::-1], dim=1)
+
+
+def conjugate_gradient(product, b: torch.Tensor, iterations: int) -> torch.Tensor:
+    """Solve A x = b for every group: `product(v)` is A v, (G, P) -> (G, P)."""
+    x, residual, direction = torch.zeros_like(b), b, b
+    squared = b.square().sum(1, keepdim=True)
+    for _ in range(iterations):
+        along = product(direction)
+        curvature = (direction * along).sum(1, keepdim=True)
+        size = torch.where(curvature > 0, squared / curvature, 0.0)
+        x = x + size * direction
+        residual = residual - size * along
+        new_squared = residual.square().sum(1, keepdim=True)
+        keep = torch.where(squared > 0, new_squared / squared, 0.0)  # 0 / 0 once it is solved
+        direction, squared = residual + keep * direction, new_squared
+    return x
+
+
+def trust_region_step(
+    theta: torch.Tensor, gradient: torch.Tensor, product, evaluate, limit: float, iterations: int
+) -> tuple[torch.Tensor, ...]:
+    """The natural gradient step to the edge of the trust region, shortened until it improves the
+    surrogate within the limit; none at all where no such step is found.
+
+    Args:
+        theta, gradient: parameters and the surrogate's gradient there, (G, P).
+        product: v -> F v, (G, P), F the Hessian of the KL divergence.
+        evaluate: parameters -> surrogate and KL divergence, (G,) each.
+
+    Returns:
+        the new parameters (G, P); improvement, KL and accepted share of the step, (G,) each.
+    """
+    direction = conjugate_gradient(product, gradient, iterations)
+    curvature = (direction * product(direction)).sum(1, keepdim=True)
+    full_step = direction * (2 * limit / curvature.clamp(min=1e-20)).sqrt()
+    before = evaluate(theta)[0]
+    improvement, kl, share = (torch.zeros_like(before) for _ in range(3))
+    # All sizes are tried, largest first, so that the host need not know which one is accepted.
+    for size in LINE_SEARCH:
+        new_surrogate, new_kl = evaluate(theta + size * full_step)
+        accept = (share == 0) & (new_surrogate > before) & (new_kl <= limit)
+        share = torch.where(accept, size, share)
+        improvement = torch.where(accept, new_surrogate - before, improvement)
+        kl = torch.where(accept, new_kl, kl)
+    # Not theta + 0 * step: a step that is not finite must leave no trace.
+    moved = torch.where(share.unsqueeze(1) > 0, share.unsqueeze(1) * full_step, 0.0)
+    return theta + moved, improvement, kl, share
+
+
+# --- Online transition correction ---
+
+
+class TransitionSampler(nn.Module):
+    """Draws the transitions of every fine-tuning update (--sampling); Algorithm 1, lines 6 to
+    14."""
+
+    def __init__(self, replay: Replay, args: Args):
+        super().__init__()
+        self.replay, self.args = replay, args
+        G, device = replay.num_groups, replay.device
+        obs_dim, action_dim = replay.obs.shape[2], replay.actions.shape[2]
+        alpha = args.alpha if args.sampling == "otc" else torch.nan
+        self.register_buffer("alpha", torch.full((G,), alpha, device=device))
+        # Mean transition distance of the deployment before, for equation (4)
+        self.register_buffer("distance", torch.full((G,), torch.nan, device=device))
+        self.embedding = self.density = None
+        if args.sampling == "otc" and args.distance == "embedding":
+            sizes = (G, obs_dim, action_dim, args.hidden_size, args.embedding_dim)
+            self.embedding = EmbeddingVAE(*sizes)
+            obs_mean, obs_std = replay.obs_statistics()
+            self.embedding.obs_mean.copy_(obs_mean)
+            self.embedding.obs_std.copy_(obs_std.clamp(min=1e-3))
+            self.optimizer = adam(self.embedding.parameters(), args.embedding_learning_rate)
+        if args.sampling == "balanced":
+            self.density = DensityRatio(G, obs_dim, action_dim)
+            self.optimizer = adam(self.density.parameters(), 3e-4)
+            size = replay.num_offline + replay.capacity
+            self.priorities = sampler.Priorities(G, size, device)
+
+    def update_embedding(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """One update of the conditional VAE; it ends with the offline phase, so that distances stay
+        comparable."""
+        error, kl = self.embedding.loss(batch["obs"], batch["actions"], batch["next_obs"])
+        step(self.optimizer, error + self.args.embedding_kl_weight * kl)
+        return {
+            "losses/embedding_reconstruction": error.detach(),
+            "losses/embedding_kl": kl.detach(),
+        }
+
+    @torch.no_grad()
+    def start_deployment(self, agent: nn.Module, k: int) -> None:
+        """Once per deployment, after its data has been merged: adapt alpha, or begin a new density
+        ratio."""
+        replay, args = self.replay, self.args
+        if args.sampling == "otc":
+            # Equation (4), before any update: a large sample of B against the whole of D.
+            merged = torch.arange(replay.num_offline + int(replay.num_online), device=replay.device)
+            latest = merged[-replay.deployment_steps :].expand(replay.num_groups, -1)
+            candidates = merged.expand(replay.num_groups, -1)
+            if args.distance_candidates < len(merged):
+                candidates = replay.draw_merged(args.distance_candidates)
+            distance = self.transition_distance(agent, candidates, latest).mean(1)
+            if args.adaptive_alpha and k > 1:
+                alpha = sampler.adapt_alpha(self.alpha, distance, self.distance)
+                self.alpha.copy_(
+                    alpha if args.alpha_max is None else alpha.clamp(max=args.alpha_max)
+                )
+            usable = sampler.usable(distance)
+            self.distance.copy_(torch.where(usable, distance, self.distance))
+        elif args.sampling == "balanced":
+            # In place, where a captured graph expects them.
+            self.density.reset_parameters()
+            for state in self.optimizer.state.values():
+                for tensor in state.values():
+                    tensor.zero_()
+            # Half of the first draws' mass is online.
+            online = int(replay.num_online)
+            self.priorities.fill(0, replay.num_offline, 1.0)
+            end = replay.num_offline + online
+            self.priorities.fill(replay.num_offline, end, replay.num_offline / online)
+
+    def draw(self, agent: nn.Module) -> torch.Tensor:
+        """(G, batch_size) indices of the transitions of one update."""
+        replay, args = self.replay, self.args
+        if args.sampling == "uniform":
+            return replay.draw_merged(args.batch_size)
+        if args.sampling == "online":
+            return replay.draw_online(args.batch_size)
+        if args.sampling == "offline":
+            return replay.draw_offline(args.batch_size)
+        if args.sampling == "balanced":
+            return self.draw_balanced()
+        candidates = replay.draw_merged(args.candidates)  # the minibatch B of line 10
+        references = replay.draw_latest(args.references)  # the minibatch D of line 10
+        distance = self.transition_distance(agent, candidates, references)  # lines 11 to 13
+        picked = sampler.draw_by_rank(distance, self.alpha, args.batch_size, args.replacement)
+        return candidates.gather(1, picked)  # line 14
+
+    @torch.no_grad()
+    def transition_distance(
+        self, agent: nn.Module, candidates: torch.Tensor, references: torch.Tensor
+    ):
+        """Distance of each candidate's next state to its best match's: indices (G, B), (G, D) ->
+        (G, B)."""
+        exclude = None
+        if self.args.exclude_self_matches:
+            exclude = sampler.find_self_matches(candidates, references)
+        # Both in one forward pass, at most 4096 at a time
+        features = []
+        for index in torch.cat([candidates, references], dim=1).split(4096, dim=1):
+            batch = self.replay.gather(index)
+            obs, actions, next_obs = batch["obs"], batch["actions"], batch["next_obs"]
+            if self.embedding is not None:
+                features.append(self.embedding.encode(obs, actions, next_obs)[0])
+            else:
+                pair = agent.q_value(obs, actions), agent.value(next_obs)
+                features.append(torch.stack(pair, dim=2))
+        features = torch.cat(features, dim=1)  # (G, B + D, embedding_dim or 2)
+        b, d = features.split([candidates.shape[1], references.shape[1]], dim=1)
+        if self.embedding is not None:
+            # One embedding of (s, a_i, s') stands for both e(s, a_i) and e(s'): the match's
+            # distance is the result.
+            return sampler.match_by_embedding(b, d, exclude)[1]
+        match = sampler.match_by_value(b[..., 0], d[..., 0], exclude)
+        v_next = sampler.relative_to_mean(b[..., 1])
+        v_next_star = sampler.relative_to_mean(d[..., 1]).gather(1, match)
+        return (v_next - v_next_star).abs()
+
+    def draw_balanced(self, batch_size: int = 256, temperature: float = 5.0) -> torch.Tensor:
+        """Balanced Replay: in proportion to the density ratio, which takes one update and is
+        refreshed where drawn."""
+        replay = self.replay
+        offline = replay.gather(replay.draw_offline(batch_size))
+        online = replay.gather(replay.draw_online(batch_size))
+        step(self.optimizer, self.density.loss(offline, online))
+        index = self.priorities.draw(self.args.batch_size)
+        batch = replay.gather(index)
+        with torch.no_grad():
+            usual = self.density(offline["obs"], offline["actions"]).pow(1 / temperature).mean(1)
+            ratio = self.density(batch["obs"], batch["actions"]).pow(1 / temperature)
+            priority = ratio / (usual.unsqueeze(1) + 1e-10)
+            self.priorities.update(index, priority.clamp(1e-3, 1e3))
+        return index
+
+    def diagnostics(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the draw of an update amounts to; (G,) each."""
+        metrics = {
+            "otc/unique_fraction": sampler.unique_fraction(index),
+            "otc/online_fraction": self.replay.is_online(index).float().mean(1),
+        }
+        if self.args.sampling == "otc":
+            size = sampler.effective_sample_size(self.alpha, self.args.candidates)
+            metrics["otc/effective_sample_size"] = size
+        return metrics
+
+    def get_extra_state(self):
+        """The optimiser's state and Balanced Replay's priorities."""
+        state = {}
+        if self.embedding is not None or self.density is not None:
+            state["optimizer"] = self.optimizer.state_dict()
+        if self.density is not None:
+            state["priorities"] = self.priorities.state_dict()
+        return state
+
+    def set_extra_state(self, state) -> None:
+        if "optimizer" in state:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if "priorities" in state:
+            self.priorities.load_state_dict(state["priorities"])
+
+
+# --- Deployment ---
+
+
+def act(agent: nn.Module, obs: np.ndarray, num_seeds: int, device: torch.device) -> np.ndarray:
+    """Actions of every seed's team, E environments per seed: (S * E, N, obs_dim) -> (S * E, N,
+    action_dim)."""
+    by_group = torch.as_tensor(obs).unflatten(0, (num_seeds, -1)).transpose(1, 2).flatten(0, 1)
+    actions = agent.act(by_group.to(device))  # (G, E, action_dim)
+    by_env = actions.unflatten(0, (num_seeds, -1)).transpose(1, 2).flatten(0, 1)
+    return by_env.cpu().numpy()
+
+
+def deploy(envs, agent: nn.Module, steps: int, seed, device: torch.device):
+    """Run pi^{k-1} for M steps, one environment per seed, without exploration.
+
+    Returns the arguments of `Replay.add`, and each seed's returns of the episodes that began early
+    enough to end within the M steps whatever their length, so that short episodes are not
+    over-represented.
+    """
+    S, N = envs.num_envs, envs.num_agents
+    obs = envs.reset(seed=seed)
+    data = {
+        "obs": np.empty((S, steps, N, envs.obs_dim), np.float32),
+        "actions": np.empty((S, steps, N, envs.action_dim), np.float32),
+        "rewards": np.empty((S, steps), np.float32),
+        "next_obs": np.empty((S, steps, N, envs.obs_dim), np.float32),
+        "terminations": np.empty((S, steps), bool),
+    }
+    returns, episode_return, begun = [[] for _ in range(S)], np.zeros(S), np.zeros(S, int)
+    latest_begin = max(0, steps - envs.max_episode_steps)
+    for t in range(steps):
+        actions = act(agent, obs, S, device)
+        next_obs, rewards, terminations, truncations, final_obs = envs.step(envs.to_box(actions))
+        step_data = (obs, actions, rewards, final_obs, terminations)
+        for array, value in zip(data.values(), step_data, strict=True):
+            array[:, t] = value
+        obs = next_obs
+        episode_return += rewards
+        for s in np.flatnonzero(terminations | truncations):
+            if begun[s] <= latest_begin:
+                returns[s].append(float(episode_return[s]))
+            episode_return[s], begun[s] = 0.0, t + 1
+    return data, returns
+
+
+def evaluate(
+    envs, agent: nn.Module, num_seeds: int, seed, device: torch.device
+) -> list[list[float]]:
+    """Returns of the first episode in every environment, per seed."""
+    obs = envs.reset(seed=seed)
+    returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    while running.any():
+        actions = act(agent, obs, num_seeds, device)
+        obs, rewards, terminations, truncations, _ = envs.step(envs.to_box(actions))
+        returns += rewards * running
+        running &= ~(terminations | truncations)
+    return returns.reshape(num_seeds, -1).tolist()
+
+
+# --- Main: Algorithm 1 ---
+
+
+def main(args: Args) -> None:
+    script = Path(__file__).stem
+    device = runs.pick_device(args)
+    checkpoint = None
+    if args.resume is not None:
+        checkpoint = runs.read_checkpoint(args.resume, "checkpoint.pt", script)
+    elif args.offline_checkpoint is not None:
+        checkpoint = runs.read_offline_checkpoint(args, script)
+
+    # The offline data B^0, each agent with its own actions only
+    dataset = datasets.load(args.env, args.dataset, args.dataset_size, args.split)
+    print(dataset.source)
+    num_steps = runs.deployment_steps(args, len(dataset.rewards))  # M
+    S, task = args.num_seeds, datasets.parse_env(args.env)[0]
+    envs = make_vec(task, S, args.seed, args.split)
+    eval_envs = make_vec(task, 10 * S, args.seed, args.split)
+    N = envs.num_agents
+
+    # Line 1: initialise the learners and alpha
+    torch.manual_seed(args.seed)
+    replay = Replay(dataset, S, args.deployments, num_steps, device)
+    del dataset
+    with device:
+        agent = BREMEN(S * N, envs.obs_dim, envs.action_dim, args)
+        agent.measure_scales(replay)
+        transitions = TransitionSampler(replay, args)
+    graph = args.cuda_graph and device.type == "cuda"
+    phase, done = 0, 0  # deployment k, 0 for the offline phase, and its updates so far
+    if checkpoint is not None:
+        agent.load_state_dict(checkpoint["agent"])
+        transitions.load_state_dict(checkpoint["sampler"], strict=args.resume is not None)
+        if args.resume:
+            replay.load_state_dict(checkpoint["replay"])
+        phase, done = checkpoint["progress"]
+        runs.set_rng_state(checkpoint["rng"], device)
+    run = runs.Run(args, script, checkpoint if args.resume else None)
+
+    def state() -> dict:
+        return {
+            "agent": agent.state_dict(),
+            "sampler": transitions.state_dict(),
+            "replay": replay.state_dict(),
+            "progress": (phase, done),
+            "rng": runs.get_rng_state(device),
+        }
+
+    def offline_kind(number: int) -> str:
+        if number <= args.clone_updates:
+            return "clone"
+        return "fit" if (number - args.clone_updates) % args.improve_every else "improve"
+
+    def finetune_kind(number: int) -> str:
+        return "fit" if number % args.improve_every else "improve"
+
+    def offline_update(kind: str) -> dict[str, torch.Tensor]:
+        batch = replay.gather(replay.draw_offline(args.batch_size))
+        losses = agent.update(batch, kind)
+        if kind == "improve":
+            losses |= agent.improve(replay.gather(replay.draw_offline(args.rollouts))["obs"])
+        if transitions.embedding is not None:
+            losses |= transitions.update_embedding(batch)
+        return losses
+
+    def finetune_update(kind: str) -> dict[str, torch.Tensor]:
+        index = transitions.draw(agent)  # lines 10 to 14
+        losses = agent.update(replay.gather(index), kind)  # line 15
+        if kind == "improve":
+            losses |= agent.improve(replay.gather(replay.draw_merged(args.rollouts))["obs"])
+        return losses | transitions.diagnostics(index)
+
+    def train(update: runs.Graphed, stop: int) -> None:
+        """The updates of a phase that are still to do, logged, checkpointed and open to
+        interruption."""
+        nonlocal done
+        before = args.offline_updates + (phase - 1) * args.finetune_updates if phase else 0
+        name = f"fine-tuning {phase}" if phase else "offline"
+        for number in run.updates(name, done, stop, before):
+            losses, done = update(number), number
+            if done % runs.LOG_EVERY == 0:
+                run.log_losses(losses, before + done)
+                obs = replay.gather(replay.draw_offline(args.batch_size))["obs"]
+                run.log({"otc/value_mean": agent.value(obs).mean(1).view(S, N)}, before + done)
+            if phase == 0 and done % args.eval_every == 0:
+                run.record_offline(done, evaluate(eval_envs, agent, S, (args.seed, 0), device))
+            if done % args.checkpoint_every == 0:
+                run.save(state())
+            run.stop_if_asked(lambda: run.save(state()))
+
+    # Line 2: learn pi^0 from B^0
+    if phase == 0 and args.offline_checkpoint is None:
+        train(runs.Graphed(offline_update, graph, offline_kind), args.offline_updates)
+        run.save(state(), "offline.pt")
+    finetune = runs.Graphed(finetune_update, graph, finetune_kind)
+    for k in range(max(1, phase), args.deployments + 1):  # line 3
+        if k > phase:
+            # Line 4: deploy pi^{k-1} for M steps; its episodes are its evaluation
+            start = time.perf_counter()
+            data, returns = deploy(envs, agent, num_steps, (args.seed, k), device)
+            steps_per_second = S * num_steps / (time.perf_counter() - start)
+            if not all(returns):  # too short for one whole episode
+                returns = evaluate(eval_envs, agent, S, (args.seed, k), device)
+            alpha = transitions.alpha.view(S, N)
+            run.record_return(k - 1, (k - 1) * num_steps, returns, alpha)
+            # Line 5: B^k = B^{k-1} with D^k
+            replay.add(**data)
+            # Lines 6 to 8: alpha by equation (4)
+            transitions.start_deployment(agent, k)
+            run.log({"time/env_steps_per_second": torch.full((S,), steps_per_second)}, k)
+            if args.sampling == "otc":
+                distance = transitions.distance.view(S, N)
+                run.log({"otc/alpha": alpha, "otc/transition_distance": distance}, k)
+            phase, done = k, 0
+            run.save(state())
+        # Lines 9 to 16: fine-tune to pi^k
+        train(finetune, args.finetune_updates)
+    run.save(state())
+    returns = evaluate(eval_envs, agent, S, (args.seed, args.deployments + 1), device)
+    total_steps = args.deployments * num_steps
+    run.record_return(args.deployments, total_steps, returns, transitions.alpha.view(S, N))
+    run.finish()
+
+
+if __name__ == "__main__":
+    runs.cli(main, Args)

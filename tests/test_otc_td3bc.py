@@ -1,0 +1,370 @@
+"""The TD3+BC learner, against brute force, closed forms and tasks whose solution is known."""
+
+import signal
+import sys
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import otc_td3bc
+from common import runs
+from common.replay import Replay
+from otc_td3bc import TD3BC, Args
+from tests.helpers import (
+    ACTION_DIM,
+    OBS_DIM,
+    add_deployment,
+    plain_mlp,
+    random_batch,
+    random_team,
+)
+from tests.tiny_task import ENV, write_data
+
+# --- The learner's parts ---
+
+
+def test_twin_critics_differ_and_targets_start_as_copies_without_gradient():
+    torch.manual_seed(0)
+    agent = TD3BC(2, OBS_DIM, ACTION_DIM, Args())
+    for live, target in zip(agent.live.parameters(), agent.target.parameters(), strict=True):
+        assert torch.equal(live, target) and live.data_ptr() != target.data_ptr()
+    for _ in range(3):
+        for first, second in zip(agent.qf1.parameters(), agent.qf2.parameters(), strict=True):
+            assert not torch.equal(first, second)
+        agent.update(random_batch(2), True)
+    assert all(p.grad is None and not p.requires_grad for p in agent.target.parameters())
+
+
+def test_targets_follow_at_rate_tau_on_the_actors_turn():
+    torch.manual_seed(0)
+    agent = TD3BC(2, OBS_DIM, ACTION_DIM, Args(tau=0.25))
+    before = [p.clone() for p in agent.target.parameters()]
+    agent.update(random_batch(2), True)
+    pairs = zip(before, agent.live.parameters(), agent.target.parameters(), strict=True)
+    for old, live, target in pairs:
+        assert not torch.equal(old, live)
+        torch.testing.assert_close(target, 0.75 * old + 0.25 * live)
+
+
+def test_only_the_critics_move_when_it_is_not_the_actors_turn():
+    torch.manual_seed(0)
+    agent = TD3BC(2, OBS_DIM, ACTION_DIM, Args())
+    reported = agent.update(random_batch(2), True)
+    reported = [reported[name].clone() for name in ("losses/actor_loss", "losses/bc_loss")]
+    before = {name: p.clone() for name, p in agent.named_parameters()}
+    losses = agent.update(random_batch(2, seed=1), False)
+    for name, p in agent.named_parameters():
+        assert torch.equal(p, before[name]) != name.startswith(("qf1", "qf2")), name
+    # The actor's losses are reported until its next turn.
+    assert torch.equal(losses["losses/actor_loss"], reported[0])
+    assert torch.equal(losses["losses/bc_loss"], reported[1])
+
+
+def test_the_first_step_is_each_learning_rate_against_the_gradient():
+    """Adam's first step is the learning rate times the gradient's sign."""
+    torch.manual_seed(0)
+    args = Args(actor_learning_rate=1e-3, critic_learning_rate=4e-3)
+    agent = TD3BC(2, OBS_DIM, ACTION_DIM, args)
+    parts = (agent.actor, 1e-3), (agent.qf1, 4e-3), (agent.qf2, 4e-3)
+    before = [[p.detach().clone() for p in part.parameters()] for part, _ in parts]
+    agent.update(random_batch(2), True)
+    for (part, rate), olds in zip(parts, before, strict=True):
+        for p, old in zip(part.parameters(), olds, strict=True):
+            step = -rate * p.grad / (p.grad.abs() + 1e-8)
+            torch.testing.assert_close(p.detach() - old, step, rtol=1e-3, atol=1e-6)
+
+
+# --- Scales of the observations ---
+
+
+def test_observations_are_scaled_by_the_offline_datas_statistics_alone():
+    team = random_team()
+    team.obs[:] = team.obs * [1, 10, 0.1, 0, 3] + [0, 5, -7, 2, 100]  # one never changes
+    replay = Replay(team, 2, 1, 40)
+    torch.manual_seed(0)
+    agent = TD3BC(4, OBS_DIM, ACTION_DIM, Args())
+    agent.measure_scales(replay)
+    rows = team.obs[:, 0].astype(np.float64)
+    mean, std = rows.mean(0), rows.std(0) + 1e-3
+    obs = replay.gather(torch.arange(7).expand(4, -1))["obs"]
+    expected = (obs.double().numpy() - mean) / std
+    np.testing.assert_allclose(agent.scaled(obs).numpy(), expected, rtol=2e-3, atol=1e-3)
+
+    before, acted = agent.scaled(obs), agent.act(obs)
+    add_deployment(replay)
+    for update_actor in (False, True):
+        agent.update(replay.gather(replay.draw_online(16)), update_actor)
+    assert torch.equal(agent.scaled(obs), before)
+    agent.measure_scales(replay)  # measured again, for instance on resuming: still offline data
+    assert torch.equal(agent.scaled(obs), before)
+
+    # They belong to the learner's state.
+    torch.manual_seed(0)
+    again, other = (TD3BC(4, OBS_DIM, ACTION_DIM, Args()) for _ in range(2))
+    assert not torch.equal(again.act(obs), acted)
+    other.load_state_dict(agent.state_dict())
+    assert torch.equal(other.scaled(obs), before) and torch.equal(other.act(obs), agent.act(obs))
+
+
+def test_the_units_of_the_observations_do_not_matter():
+    """The same data in other units, origin and all: the same policy and the same values."""
+    trained = []
+    for unit, origin in ((1.0, 0.0), (1000.0, 500.0)):
+        team = random_team()
+        team.obs[:] = unit * team.obs + origin
+        team.next_obs[:] = unit * team.next_obs + origin
+        replay = Replay(team, 1, 0, 1)
+        torch.manual_seed(0)
+        agent = TD3BC(2, OBS_DIM, ACTION_DIM, Args(hidden_size=32))
+        agent.measure_scales(replay)
+        for i in range(40):
+            agent.update(replay.gather(replay.draw_offline(32)), i % 2 == 1)
+        batch = replay.gather(torch.arange(100).expand(2, -1))
+        q = agent.q_value(batch["obs"], batch["actions"])
+        trained.append((agent.act(batch["obs"]), q, agent.value(batch["obs"])))
+    for one, other in zip(*trained, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0.02)
+        assert one.std() > 0.02
+
+
+# --- The update ---
+
+
+def losses_by_hand(agent, batch, noise, g, weight=None):
+    """Group g's losses in float64, state by state; and its lambda, unless that is given."""
+    args, data = agent.args, {key: value[g].double().numpy() for key, value in batch.items()}
+    scales = [b.double().numpy() for b in (agent.obs_mean, agent.obs_std)]
+    noise = np.clip(args.policy_noise * noise[g].double().numpy(), -0.5, 0.5)
+
+    def policy(actor, s):
+        return np.tanh(plain_mlp(actor.network, s, g))
+
+    def q(qf, s, a):
+        return plain_mlp(qf.network, np.concatenate([s, a]), g)[0]
+
+    losses = {"qf1_loss": [], "qf2_loss": [], "bc_loss": []}
+    own = []
+    for b in range(len(data["rewards"])):
+        s, s2 = ((data[key][b] - scales[0]) / scales[1] for key in ("obs", "next_obs"))
+        a2 = np.clip(policy(agent.target_actor, s2) + noise[b], -1, 1)
+        smaller = min(q(agent.target_qf1, s2, a2), q(agent.target_qf2, s2, a2))
+        y = data["rewards"][b] + args.gamma * (1 - data["terminations"][b]) * smaller
+        losses["qf1_loss"].append((q(agent.qf1, s, data["actions"][b]) - y) ** 2)
+        losses["qf2_loss"].append((q(agent.qf2, s, data["actions"][b]) - y) ** 2)
+        a = policy(agent.actor, s)
+        own.append(q(agent.qf1, s, a))
+        losses["bc_loss"].append(np.mean((a - data["actions"][b]) ** 2))
+    losses = {f"losses/{name}": np.mean(values) for name, values in losses.items()}
+    found_weight = args.bc_alpha / np.mean(np.abs(own))
+    weight = found_weight if weight is None else weight
+    losses["losses/actor_loss"] = -weight * np.mean(own) + losses["losses/bc_loss"]
+    return losses, found_weight
+
+
+def central_difference(parameters, direction, loss, size=1e-6):
+    """Slope of `loss()` as the parameters move along the direction."""
+    values = []
+    with torch.no_grad():
+        for move in (size, -size):
+            torch._foreach_add_(parameters, direction, alpha=move)
+            values.append(loss())
+            torch._foreach_add_(parameters, direction, alpha=-move)
+    return (values[0] - values[1]) / (2 * size)
+
+
+def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch):
+    """Every loss of one update in float64 loops, and the slopes of these along random directions;
+    lambda and the target are constants in them."""
+    torch.manual_seed(0)
+    args = Args(hidden_size=16, policy_noise=0.5, tau=0.0)
+    args.actor_learning_rate = args.critic_learning_rate = 0.0
+    agent, groups = TD3BC(3, OBS_DIM, ACTION_DIM, args).double(), range(3)
+    with torch.no_grad():
+        agent.obs_mean += torch.randn(OBS_DIM)
+        agent.obs_std += torch.rand(OBS_DIM)
+        for p in agent.target.parameters():  # of their own: a live network in their place shows
+            p += 0.1 * torch.randn_like(p)
+        agent.target_actor.network[-1].weight *= 5  # near the bounds, where the noise is cut off
+        agent.qf1.network[-1].weight *= torch.tensor([1.0, 10.0, 0.1]).view(3, 1, 1)
+    batch = {key: value.double() for key, value in random_batch(3, size=16).items()}
+    with torch.no_grad():  # Q of both signs, so that the mean of |Q| is not |the mean of Q|
+        obs = agent.scaled(batch["obs"])
+        agent.qf1.network[-1].bias -= agent.qf1(obs, agent.actor(obs)).mean(1).view(3, 1, 1)
+    noise, draw = [], torch.randn_like
+
+    def kept(*args, **kwargs):
+        noise.append(draw(*args, **kwargs))
+        return noise[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "randn_like", kept)
+        losses = agent.update(batch, True)
+    (noise,) = noise
+    by_hand = [losses_by_hand(agent, batch, noise, g) for g in groups]
+    for g, (expected, _) in enumerate(by_hand):
+        assert expected.keys() | {"losses/qf1_values"} == losses.keys()
+        for name, value in expected.items():
+            assert losses[name][g].item() == pytest.approx(value, rel=1e-8), name
+
+    for name, part in (("actor", agent.actor), ("qf1", agent.qf1), ("qf2", agent.qf2)):
+        parameters = list(part.parameters())
+        for g in [*groups, *groups]:
+            direction = [torch.zeros_like(p) for p in parameters]
+            for d in direction:
+                d[g] = torch.randn_like(d[g])
+
+            def loss(name=name, g=g):
+                values, _ = losses_by_hand(agent, batch, noise, g, weight=by_hand[g][1])
+                return values[f"losses/{name}_loss"]
+
+            slope = sum((p.grad * d).sum() for p, d in zip(parameters, direction, strict=True))
+            expected = central_difference(parameters, direction, loss)
+            assert slope.item() == pytest.approx(expected, rel=1e-5, abs=1e-7), name
+
+
+def test_the_targets_noise_is_cut_off_and_its_action_stays_in_the_box(monkeypatch):
+    """Noise without limit, a target policy of (-0.2, 0.8): the target's action is (0.3, 1)."""
+    agent = TD3BC(1, OBS_DIM, ACTION_DIM, Args())
+    asked = []
+    with torch.no_grad():
+        agent.target_actor.network[-1].weight.zero_()
+        agent.target_actor.network[-1].bias.copy_(torch.atanh(torch.tensor([[[-0.2, 0.8]]])))
+    for qf in (agent.target_qf1, agent.target_qf2):
+        qf.register_forward_pre_hook(lambda module, inputs: asked.append(inputs[1]))
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 1e6))
+    agent.update(random_batch(1), True)
+    assert len(asked) == 2
+    for actions in asked:
+        torch.testing.assert_close(actions, torch.tensor([0.3, 1.0]).expand(1, 32, 2))
+
+
+def test_a_groups_update_does_not_feel_the_others_scale():
+    """Group 0's rewards and critics times a hundred: bit for bit nothing changes in group 1."""
+    updates = []
+    for scale in (1, 100):
+        torch.manual_seed(0)
+        agent = TD3BC(2, OBS_DIM, ACTION_DIM, Args())
+        batch = random_batch(2)
+        batch["rewards"][0] *= scale
+        with torch.no_grad():
+            for qf in (agent.qf1, agent.qf2, agent.target_qf1, agent.target_qf2):
+                qf.network[-1].weight[0] *= scale
+        for i in range(4):
+            losses = agent.update(batch, i % 2 == 1)
+        updates.append([*losses.values(), *(p.detach() for p in agent.parameters())])
+    for plain, scaled in zip(*updates, strict=True):
+        assert torch.equal(plain[1], scaled[1])
+    assert not torch.equal(updates[0][0][0], updates[1][0][0])
+
+
+def test_the_scale_of_its_critic_does_not_matter_to_the_actor():
+    """Lambda divides it out: the actor's gradient is that of the critic itself."""
+    gradients = []
+    for scale in (1, 50):
+        torch.manual_seed(0)
+        agent = TD3BC(1, OBS_DIM, ACTION_DIM, Args(critic_learning_rate=0.0))
+        with torch.no_grad():
+            for p in agent.qf1.network[-1].parameters():
+                p *= scale
+        agent.update(random_batch(1), True)
+        gradients.append([p.grad for p in agent.actor.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+# --- A run ---
+
+
+def test_a_run_scales_by_its_file_and_gives_the_actor_every_third_turn(
+    tmp_path, monkeypatch, capsys
+):
+    turns, scales = [], []
+    update = TD3BC.update
+
+    def watched(self, batch, update_actor):
+        turns.append(update_actor)
+        scales.append((self.obs_mean.numpy().copy(), self.obs_std.numpy().copy()))
+        return update(self, batch, update_actor)
+
+    monkeypatch.setattr(TD3BC, "update", watched)
+    data = write_data(tmp_path / "point.hdf5")
+    flags = "--offline-updates 7 --deployments 2 --deployment-steps 20 --finetune-updates 4"
+    flags += " --policy-delay 3 --sampling uniform --batch-size 8 --hidden-size 8 --device cpu"
+    argv = ["--env", ENV, "--dataset", data, "--run-dir", tmp_path / "runs", *flags.split()]
+    monkeypatch.setattr(sys, "argv", ["otc_td3bc.py", *map(str, argv)])
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        runs.cli(otc_td3bc.main, Args)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    number_of_updates = [*range(1, 8), *range(1, 5), *range(1, 5)]
+    assert turns == [number % 3 == 0 for number in number_of_updates]
+    with h5py.File(data) as file:
+        obs = file["observations"][:]
+    for mean, std in scales:
+        np.testing.assert_allclose(mean, obs.mean(0), atol=1e-5)
+        np.testing.assert_allclose(std, obs.std(0) + 1e-3, rtol=1e-3)
+
+
+# --- Tasks with a known solution ---
+
+
+def test_a_bandit_ends_in_its_closed_form_and_each_group_in_its_own():
+    """Uniform actions, reward scale * (2 - (a - best)^2): the gradient of minus lambda Q plus the
+    squared difference from the data is zero at w best / (1 + w), w = alpha / (2 - (a - best)^2);
+    the scale does not matter."""
+    torch.manual_seed(0)
+    args = Args(bc_alpha=2.5, hidden_size=64, actor_learning_rate=5e-3, critic_learning_rate=5e-3)
+    agent = TD3BC(4, 1, 1, args)
+    best = torch.tensor([0.6, -0.6, 0.6, -0.6]).view(4, 1, 1)
+    scale = torch.tensor([1.0, 1.0, 5.0, 5.0]).view(4, 1)
+    chosen = []
+    for i in range(800):
+        obs, actions = torch.randn(4, 128, 1), torch.rand(4, 128, 1) * 2 - 1
+        rewards = scale * (2 - (actions - best).square().squeeze(2))
+        batch = {"obs": obs, "actions": actions, "rewards": rewards, "next_obs": obs}
+        agent.update(batch | {"terminations": torch.ones(4, 128)}, i % 2 == 1)
+        if i >= 700:
+            chosen.append(agent.act(torch.linspace(-1, 1, 21).view(1, 21, 1).expand(4, -1, -1)))
+    expected = 0.0
+    for _ in range(100):
+        weight = 2.5 / (2 - (expected - 0.6) ** 2)
+        expected = weight * 0.6 / (1 + weight)
+    assert ((torch.stack(chosen).mean(0) - expected * best.sign()).abs().mean((1, 2)) < 0.08).all()
+
+
+def best_gain(cost, gamma=0.9, push=0.3):
+    """k of the best action -k s in s' = s + push a with the reward -s^2 - cost a^2 (Riccati)."""
+    p = 0.0
+    for _ in range(1000):
+        k = gamma * push * p / (cost + gamma * push**2 * p)
+        p = 1 + cost * k**2 + gamma * p * (1 - push * k) ** 2
+    return k
+
+
+def test_a_linear_quadratic_task_is_solved_with_the_best_gain():
+    """s' = s + 0.3 a + noise, uniform actions, observed as 50 + 10 s; each group has its own cost
+    of an action, and so its own gain."""
+    torch.manual_seed(0)
+    args = Args(bc_alpha=1000.0, hidden_size=64, gamma=0.9, tau=0.1)
+    args.critic_learning_rate = args.actor_learning_rate = 5e-3
+    agent = TD3BC(2, 1, 1, args)
+    agent.obs_mean.fill_(50.0)
+    agent.obs_std.fill_(10.0)
+    costs = torch.tensor([1.0, 3.0]).view(2, 1)
+    gains = torch.tensor([best_gain(1.0), best_gain(3.0)]).view(2, 1, 1)
+    line, chosen = torch.linspace(-1, 1, 41).view(1, 41, 1).expand(2, -1, -1), []
+    for i in range(800):
+        state, actions = torch.rand(2, 128, 1) * 3 - 1.5, torch.rand(2, 128, 1) * 2 - 1
+        rewards = -state.square().squeeze(2) - costs * actions.square().squeeze(2)
+        next_state = state + 0.3 * actions + 0.05 * torch.randn_like(state)
+        batch = {"obs": 50 + 10 * state, "next_obs": 50 + 10 * next_state, "actions": actions}
+        batch |= {"rewards": rewards, "terminations": torch.zeros(2, 128)}
+        agent.update(batch, i % 2 == 1)
+        if i >= 650:
+            chosen.append(agent.act(50 + 10 * line))
+    chosen = torch.stack(chosen).mean(0)
+    assert ((chosen + gains * line).abs().mean((1, 2)) < 0.08).all()

@@ -1,0 +1,748 @@
+"""What every script must do: learners that keep agents apart, whole runs, resuming, bad input."""
+
+import csv
+import dataclasses
+import importlib
+import io
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from common import runs
+from common.replay import Replay
+from tests.helpers import ACTION_DIM, OBS_DIM, add_deployment, random_batch, random_team
+from tests.tiny_task import ENV, write_data
+
+ROOT = Path(__file__).parent.parent
+
+# Name of the learner, flags that make a run tiny, and the steps that each of the learner's
+# optimisers then makes in 60 offline updates and twice 20
+SCRIPTS = {
+    "otc_bcq": ("BCQ", "--num-act-actions 5", [100, 100, 100]),
+    "otc_awac": ("AWAC", "", [100, 100]),
+    "otc_cql": ("CQL", "--num-penalty-actions 3", [100, 100, 100, 0]),
+    "otc_td3bc": ("TD3BC", "--policy-delay 3", [100, 20 + 6 + 6]),
+    "otc_bremen": (
+        "BREMEN",
+        "--num-models 2 --clone-updates 40 --improve-every 10 --rollouts 8 --rollout-length 4 "
+        "--value-updates 3 --cg-iterations 3",
+        [100, 40 + (2 + 2 + 2) * 3, 40],
+    ),
+}
+QUICK = (
+    "--offline-updates 60 --deployments 2 --deployment-steps 60 --finetune-updates 20 "
+    "--candidates 32 --references 40 --batch-size 16 --eval-every 30 --hidden-size 16 "
+    "--distance-candidates 100 --device cpu"
+).split()
+
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+def tiny(script):
+    return [*QUICK, *SCRIPTS[script][1].split()]
+
+
+# --- Learners ---
+
+
+def make(script, G, device="cpu", **options):
+    """A small learner, and the kinds that its updates have: a function of their number."""
+    module = importlib.import_module(script)
+    if script == "otc_bremen":
+        options = {"num_models": 2, "clone_updates": 8, "improve_every": 4, **options}
+        # Few iterations: a converged conjugate gradient amplifies rounding.
+        options |= {"rollouts": 8, "rollout_length": 4, "value_updates": 3, "cg_iterations": 4}
+    args = module.Args(hidden_size=16, batch_size=16, **options)
+    with torch.device(device):
+        agent = getattr(module, SCRIPTS[script][0])(G, OBS_DIM, ACTION_DIM, args)
+    kind_of = None
+    if script == "otc_td3bc":
+
+        def kind_of(number):
+            return number % args.policy_delay == 0
+
+    if script == "otc_bremen":
+
+        def kind_of(number):
+            if number <= args.clone_updates:
+                return "clone"
+            return "fit" if number % args.improve_every else "improve"
+
+    return agent, kind_of
+
+
+def update(agent, batch, *kind):
+    """One update as the scripts make it, with imagined rollouts from the batch's own states."""
+    losses = agent.update(batch, *kind)
+    if kind == ("improve",):
+        losses |= agent.improve(batch["obs"][:, : agent.args.rollouts])
+    return losses
+
+
+def update_number(agent, batch, number, kind_of):
+    return update(agent, batch, *(() if kind_of is None else (kind_of(number),)))
+
+
+def assert_same(one, other, where="state"):
+    """Nested states are equal bit for bit."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}[{key!r}]")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}[{i}]")
+    elif isinstance(one, torch.Tensor):
+        same = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(one, other, **same, msg=lambda text: f"{where}: {text}")
+    else:
+        assert one == other or (one != one and other != other), where  # or both nan
+
+
+@every_script
+def test_a_group_trains_in_the_stack_as_it_does_alone(monkeypatch, script):
+    """Same start, data and noise: group 2 of three, and the same learner by itself, in float64, so
+    that not even a trust region's choice of steps differs.
+
+    The others' data is larger by far, so that a mean over all groups would show.
+    """
+    batches = [{k: v.double() for k, v in random_batch(3, seed=i).items()} for i in range(24)]
+    for batch in batches:
+        for name in ("obs", "next_obs", "rewards"):
+            batch[name][:2] *= 10
+
+    def in_every_group(numbers, shape):
+        return torch.as_tensor(numbers(tuple(shape[1:]))).expand(tuple(shape))
+
+    def normal(*shape, device=None):
+        return in_every_group(lambda s: noise.normal(size=s), shape)
+
+    def uniform(x):
+        return in_every_group(lambda s: noise.random(s), x.shape)
+
+    def integers(high, shape, device=None):
+        return in_every_group(lambda s: noise.integers(high, size=s), shape)
+
+    torch.manual_seed(0)
+    (stack, kind_of), (alone, _) = make(script, 3), make(script, 1)
+    stack.double(), alone.double()
+
+    def own(tensor):
+        """Group 2's rows; a learner may hold several networks of each group."""
+        return tensor.unflatten(0, (3, -1))[2]
+
+    with torch.no_grad():
+        for one, many in zip(alone.parameters(), stack.parameters(), strict=True):
+            one.copy_(own(many))
+    starts = [p.detach().clone() for p in alone.parameters()]
+    monkeypatch.setattr(torch, "randn", normal)
+    monkeypatch.setattr(torch, "randn_like", lambda x: normal(*x.shape))
+    monkeypatch.setattr(torch, "rand_like", uniform)
+    monkeypatch.setattr(torch, "randint", integers)
+    last = []
+    for agent, groups in ((stack, slice(None)), (alone, slice(2, 3))):
+        noise = np.random.default_rng(0)
+        for number, batch in enumerate(batches, 1):
+            its_batch = {k: v[groups] for k, v in batch.items()}
+            losses = update_number(agent, its_batch, number, kind_of)
+        last.append({tag: loss[-1] for tag, loss in losses.items()})
+    torch.testing.assert_close(*last, rtol=1e-7, atol=1e-9)
+    for one, many in zip(alone.parameters(), stack.parameters(), strict=True):
+        torch.testing.assert_close(one, own(many), rtol=1e-7, atol=1e-9)
+    named = zip(alone.named_parameters(), starts, strict=True)
+    still = {name for (name, parameter), start in named if torch.equal(parameter, start)}
+    assert still <= {"log_factor"}  # CQL's, which only --lagrange moves
+
+
+@every_script
+def test_other_agents_actions_do_not_matter_bit_for_bit(script):
+    trained = []
+    for spoil in (False, True):
+        team = random_team(num_agents=3)
+        if spoil:
+            team.actions[:, [0, 2]] = np.random.default_rng(9).uniform(-1, 1, (len(team), 2, 2))
+        torch.manual_seed(0)
+        replay = Replay(team, 1, 0, 1)
+        agent, kind_of = make(script, 3)
+        if hasattr(agent, "measure_scales"):
+            agent.measure_scales(replay)
+        for number in range(1, 21):
+            batch = replay.gather(replay.draw_offline(16))
+            update_number(agent, batch, number, kind_of)
+        trained.append([p.detach().unflatten(0, (3, -1)) for p in agent.parameters()])
+    for one, other in zip(*trained, strict=True):
+        assert torch.equal(one[1], other[1])
+    assert any(not torch.equal(one[0], other[0]) for one, other in zip(*trained, strict=True))
+
+
+@every_script
+def test_a_state_dict_holds_all_that_training_depends_on(script):
+    """Another learner that loads it goes on bit for bit as the first does."""
+    torch.manual_seed(0)
+    replay = Replay(random_team(), 2, 0, 1)
+    (first, kind_of), (second, _) = make(script, 4), make(script, 4)
+    if hasattr(first, "measure_scales"):
+        first.measure_scales(replay)
+
+    def train(agent, numbers):
+        for number in numbers:
+            batch = replay.gather(replay.draw_offline(16))
+            losses = update_number(agent, batch, number, kind_of)
+        return {name: value.clone() for name, value in losses.items()}
+
+    train(first, range(1, 14))
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    ends = []
+    for agent in (first, second):
+        torch.manual_seed(1)
+        losses = train(agent, range(14, 30))
+        ends.append((losses, agent.state_dict(), agent.act(torch.ones(4, 3, OBS_DIM))))
+    assert_same(*ends)
+
+
+@every_script
+def test_losses_and_what_the_sampler_needs_have_one_value_per_group(script):
+    torch.manual_seed(0)
+    agent, kind_of = make(script, 3)
+    tags = set()
+    for number in range(1, 14):
+        batch = random_batch(3, seed=number)
+        losses = update_number(agent, batch, number, kind_of)
+        assert all(tag.startswith("losses/") for tag in losses)
+        assert all(loss.shape == (3,) and loss.isfinite().all() for loss in losses.values())
+        assert not any(loss.requires_grad for loss in losses.values())
+        tags.add(frozenset(losses))
+    assert len(tags) == 1
+    obs, actions = batch["obs"], batch["actions"]
+    chosen, q, v = agent.act(obs), agent.q_value(obs, actions), agent.value(obs)
+    assert chosen.shape == actions.shape and chosen.abs().max() <= 1
+    assert q.shape == v.shape == obs.shape[:2]
+    assert not any(x.requires_grad for x in (chosen, q, v))
+
+
+STRATEGIES = {
+    "otc value": {"sampling": "otc", "distance": "value"},
+    "otc embedding": {"sampling": "otc", "distance": "embedding"},
+    "balanced": {"sampling": "balanced"},
+    "uniform": {"sampling": "uniform"},
+    "online": {"sampling": "online"},
+    "offline": {"sampling": "offline"},
+}
+
+
+def trained_with_diagnostics(script, strategy, device, graphed):
+    """Parameters after 40 fine-tuning updates, and what each update returned."""
+    torch.manual_seed(0)
+    options = {**STRATEGIES[strategy], "candidates": 64, "references": 30}
+    replay = Replay(random_team(), 2, 1, 40, device)
+    agent, kind_of = make(script, 4, device, **options)
+    with torch.device(device):
+        transitions = importlib.import_module(script).TransitionSampler(replay, agent.args)
+    if hasattr(agent, "measure_scales"):
+        agent.measure_scales(replay)
+    add_deployment(replay)
+    transitions.start_deployment(agent, 1)
+
+    def finetune_update(*kind):
+        index = transitions.draw(agent)
+        return update(agent, replay.gather(index), *kind) | transitions.diagnostics(index)
+
+    call, returned = runs.Graphed(finetune_update, graphed, kind_of), []
+    torch.manual_seed(1)
+    if device == "cuda":  # no update may wait for the host
+        torch.cuda.set_sync_debug_mode("default" if graphed else "error")
+    try:
+        for number in range(1, 41):
+            returned.append({tag: value.clone() for tag, value in call(number).items()})
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    return [p.detach() for p in agent.parameters()], returned
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    ("script", "strategy"),
+    [
+        (script, strategy)
+        for script in SCRIPTS
+        for strategy in STRATEGIES
+        if script == "otc_bcq" or strategy.startswith("otc") or strategy == "balanced"
+    ],
+)
+def test_graph_equals_eager_on_a_gpu(script, strategy):
+    eager, graph = (trained_with_diagnostics(script, strategy, "cuda", g) for g in (False, True))
+    torch.testing.assert_close(eager, graph, rtol=1e-4, atol=1e-5)
+
+
+# --- Runs ---
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_data(tmp_path / "point.hdf5")
+
+
+def run(monkeypatch, script, *argv):
+    """Run a script in this process; its signal handlers go with it."""
+    module = importlib.import_module(script)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        runs.cli(module.main, module.Args)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def only(folder, pattern="*"):
+    (found,) = Path(folder).glob(pattern)
+    return found
+
+
+def scalars(folder):
+    """{tag: {step: value}} of a run's TensorBoard."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        tag: {event.step: event.value for event in events.Scalars(tag)}
+        for tag in events.Tags()["scalars"]
+    }
+
+
+EMBEDDING = ["--sampling", "otc", "--distance", "embedding"]
+RUNS = [
+    ["--sampling", "otc", "--distance", "value", "--exclude-self-matches", "--no-replacement"],
+    ["--sampling", "otc", "--no-adaptive-alpha", "--alpha", "0.5"],
+    ["--sampling", "balanced"],
+    ["--sampling", "online"],
+    ["--sampling", "offline"],
+]
+RUNS = [("otc_bcq", strategy) for strategy in RUNS]
+RUNS += [(script, EMBEDDING) for script in SCRIPTS]
+RUNS += [(s, ["--sampling", "otc", "--distance", "value"]) for s in SCRIPTS if s != "otc_bcq"]
+RUNS += [(script, ["--sampling", "uniform"]) for script in SCRIPTS]
+
+
+@pytest.mark.parametrize(("script", "strategy"), RUNS, ids=str)
+def test_a_run_of_two_seeds_writes_what_it_should(
+    tmp_path, monkeypatch, capsys, data, script, strategy
+):
+    monkeypatch.setattr(runs, "LOG_EVERY", 10)
+    where = tmp_path / "runs"
+    common = ["--env", ENV, "--dataset", data, "--run-dir", where, *tiny(script)]
+    run(monkeypatch, script, *common, "--num-seeds", 2, "--seed", 3, *strategy)
+    folders = sorted(where.iterdir(), key=lambda f: f.name.split("__")[-2])
+    assert [f.name.split("__")[1:3] for f in folders] == [[script, "3"], [script, "4"]]
+    otc = "otc" in strategy
+    for folder in folders:
+        rows = list(csv.DictReader((folder / "returns.csv").open()))
+        assert [row["deployment"] for row in rows] == ["0", "1", "2"]
+        assert [row["env_steps"] for row in rows] == ["0", "60", "120"]
+        assert [row["episodes"] for row in rows] == ["3", "3", "10"]
+        assert all(float(row["mean_return"]) < 0 for row in rows)
+        assert {"alpha_agent_0", "alpha_agent_1"} <= set(rows[0])
+        if "--no-adaptive-alpha" in strategy:
+            assert {row["alpha_agent_0"] for row in rows} == {"0.5"}
+
+        logged = scalars(folder)
+        updates = list(range(10, 101, 10))  # offline, then two deployments
+        losses = {tag for tag in logged if tag.startswith("losses/")}
+        of_embedding = {"losses/embedding_reconstruction", "losses/embedding_kl"}
+        assert len(losses) > 3 and of_embedding <= losses or strategy != EMBEDDING
+        for tag in losses:
+            assert list(logged[tag]) == (updates[:6] if tag in of_embedding else updates), tag
+        assert list(logged["otc/value_mean_agent_1"]) == updates
+        drawn = {"otc/unique_fraction", "otc/online_fraction"}
+        drawn |= {"otc/effective_sample_size"} if otc else set()
+        assert all(list(logged[tag]) == updates[6:] for tag in drawn)
+        alphas = {"otc/alpha_agent_0", "otc/transition_distance_agent_1"}
+        assert alphas <= set(logged) if otc else not alphas & set(logged)
+        assert list(logged["offline/episodic_return"]) == [30, 60]
+        returns = [float(row["mean_return"]) for row in rows]
+        assert list(logged["charts/episodic_return"]) == [0, 1, 2]
+        assert list(logged["charts/episodic_return"].values()) == pytest.approx(returns)
+        for tag in set(logged) - {"charts/normalized_score"}:  # the tiny task has no scale for it
+            assert np.isfinite(list(logged[tag].values())).all(), tag
+
+    state = torch.load(folders[0] / "checkpoint.pt", weights_only=True)
+    optimizers = [its_state["state"] for its_state in state["agent"]["_extra_state"]]
+    steps = [int(o[0]["step"]) if o else 0 for o in optimizers]
+    assert steps == SCRIPTS[script][2]
+
+    text = capsys.readouterr().out
+    assert text.startswith("file: 1,000 transitions") and "improvement" in text and "mean" in text
+    assert sorted(f.name for f in folders[0].iterdir() if "events" not in f.name) == [
+        "args.json",
+        "checkpoint.pt",
+        "offline.pt",
+        "returns.csv",
+    ]
+    if strategy == EMBEDDING:  # trained in the offline phase, frozen afterwards
+        names = ("offline.pt", "checkpoint.pt")
+        states = [torch.load(folders[0] / n, weights_only=True)["sampler"] for n in names]
+        optimizers = [state["_extra_state"]["optimizer"] for state in states]
+        assert optimizers[0]["state"][0]["step"] == 60
+        assert_same(*optimizers)
+        for name in (n for n in states[0] if n.startswith("embedding.")):
+            assert torch.equal(states[0][name], states[1][name]), name
+
+
+@every_script
+def test_offline_updates_see_offline_data_and_later_ones_what_the_sampler_draws(
+    tmp_path, monkeypatch, data, script
+):
+    module = importlib.import_module(script)
+    learner, last, drawn, seen = getattr(module, SCRIPTS[script][0]), {}, [], []
+    gather, draw, update = Replay.gather, module.TransitionSampler.draw, learner.update
+
+    def noted_gather(replay, index):
+        last["index"], last["batch"] = index, gather(replay, index)
+        return last["batch"]
+
+    def noted_draw(*args):
+        drawn.append(draw(*args))
+        return drawn[-1]
+
+    def noted_update(agent, batch, *kind):
+        assert batch is last["batch"]
+        seen.append(last["index"])
+        return update(agent, batch, *kind)
+
+    monkeypatch.setattr(Replay, "gather", noted_gather)
+    monkeypatch.setattr(module.TransitionSampler, "draw", noted_draw)
+    monkeypatch.setattr(learner, "update", noted_update)
+    where = ["--run-dir", tmp_path / "runs"]
+    run(monkeypatch, script, "--env", ENV, "--dataset", data, *tiny(script), *where)
+    offline, later = seen[:60], seen[60:]
+    assert max(index.max() for index in offline) < 1000
+    assert len(later) == 40 and all(map(torch.equal, later, drawn))
+    assert max(index.max() for index in later) >= 1000
+
+
+@every_script
+def test_strategies_start_from_the_same_offline_policy(tmp_path, monkeypatch, data, script):
+    common = ["--env", ENV, "--dataset", data, *tiny(script)]
+    run(monkeypatch, script, *common, "--run-dir", tmp_path / "a", "--deployments", 0)
+    start = only(tmp_path / "a")
+    first_rows, first_data, parts = [], [], []
+    for sampling in ("otc", "uniform"):
+        where = tmp_path / sampling
+        options = ["--run-dir", where, "--offline-checkpoint", start, "--sampling", sampling]
+        run(monkeypatch, script, *common, *options)
+        row = next(csv.DictReader((only(where) / "returns.csv").open()))
+        first_rows.append({k: v for k, v in row.items() if not k.startswith("alpha")})
+        state = torch.load(only(where) / "checkpoint.pt", weights_only=True)
+        first_data.append(state["replay"]["obs"][:, :, :60])
+        parts.append(state["agent"])
+    assert first_rows[0] == first_rows[1] and torch.equal(*first_data)
+    offline = torch.load(start / "offline.pt", weights_only=True)["agent"]
+    for part in parts:  # which they then leave
+        assert any(not torch.equal(offline[k], part[k]) for k in offline if k.endswith("weight"))
+
+
+class Killed(BaseException):
+    """What no code of a script catches, as nothing catches SIGKILL."""
+
+
+def end_life(monkeypatch, module, what, count):
+    """Die at the count-th update, write of a file (before it is in place) or step of environments;
+    or be asked to stop by SIGTERM at the count-th update."""
+    seen = {"update": 0, "write": 0, "step": 0}
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            seen[name] += 1
+            if (what, count) == (name, seen[name]):
+                raise Killed
+            if (what, count, name) == ("SIGTERM", seen[name], "update"):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(runs.Graphed, "__call__", counted("update", runs.Graphed.__call__))
+    monkeypatch.setattr(os, "replace", counted("write", os.replace))
+    monkeypatch.setattr(module, "act", counted("step", module.act))
+
+
+# 60 offline updates and twice 40, a checkpoint every 17, evaluations of 20 steps at update 30 and
+# 60, deployments of 60 steps: each life goes on from the last checkpoint of the one before.
+LIVES = [
+    ("update", 37),
+    ("write", 1),  # from 34: the checkpoint of update 51
+    ("SIGTERM", 5),  # from 34
+    ("step", 50),  # from 39: in the first deployment
+    ("write", 3),  # from 51: between returns.csv of the first seed and of the second
+    ("update", 54),  # from 51: in the second deployment's fine-tuning
+    ("step", 10),  # from the second deployment: the last evaluation
+]
+
+
+@pytest.mark.parametrize(
+    ("script", "strategy"),
+    [(script, "") for script in SCRIPTS]
+    + [("otc_bcq", "--sampling balanced"), ("otc_bcq", "--distance embedding --alpha-max 2")],
+)
+def test_a_run_that_dies_again_and_again_ends_where_the_unbroken_one_does(
+    tmp_path, monkeypatch, data, script, strategy
+):
+    """returns.csv, parameters, optimisers, data and generators are bit for bit the same."""
+    monkeypatch.setattr(runs, "LOG_EVERY", 10)
+    argv = ["--env", ENV, "--dataset", data, *tiny(script), *strategy.split(), "--num-seeds", 2]
+    argv += ["--finetune-updates", 40, "--checkpoint-every", 17]
+    run(monkeypatch, script, *argv, "--run-dir", tmp_path / "unbroken")
+    module = importlib.import_module(script)
+    options, progress = [*argv, "--run-dir", tmp_path / "broken"], []
+    for number, life in enumerate(LIVES):
+        torch.manual_seed(number)  # a new process does not go on with the generators of the old
+        with monkeypatch.context() as patch, pytest.raises((Killed, SystemExit)) as end:
+            end_life(patch, module, *life)
+            run(patch, script, *options)
+        assert end.type is Killed or (life[0] == "SIGTERM" and end.value.code == 143)
+        first, second = sorted((tmp_path / "broken").iterdir())
+        options = ["--resume", second if number == 2 else first]
+        state = torch.load(first / "checkpoint.pt", weights_only=True)
+        progress.append(state["progress"])
+    assert progress == [(0, 34), (0, 34), (0, 39), (0, 51), (0, 51), (2, 0), (2, 40)]
+    run(monkeypatch, script, *options)
+
+    whole, broken = (sorted((tmp_path / name).iterdir()) for name in ("unbroken", "broken"))
+    for one, other in zip(whole, broken, strict=True):
+        assert (one / "returns.csv").read_bytes() == (other / "returns.csv").read_bytes()
+    for name in ("offline.pt", "checkpoint.pt"):
+        states = [torch.load(f[0] / name, weights_only=True) for f in (whole, broken)]
+        for state in states:
+            del state["args"]  # their folders differ
+        assert_same(*states)
+
+
+def start_process(script, *argv):
+    command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, argv)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
+
+
+def test_resume_after_a_kill_ends_where_the_unbroken_run_does(tmp_path, data):
+    """A process of its own, killed at a random moment; all that it saves at the end is bit for bit
+    the same."""
+    # No tight loop of checkpoints: most moments are between two of them.
+    argv = ["--env", ENV, "--dataset", data, *tiny("otc_bcq"), "--offline-updates", 400]
+    argv += ["--finetune-updates", 200, "--checkpoint-every", 110]
+    unbroken = start_process("otc_bcq", *argv, "--run-dir", tmp_path / "unbroken")
+    process = start_process("otc_bcq", *argv, "--run-dir", tmp_path / "broken")
+    while not list((tmp_path / "broken").glob("*/checkpoint.pt")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    time.sleep(np.random.default_rng().uniform(0, 1))
+    process.kill()
+    process.communicate(timeout=60)
+    folder = only(tmp_path / "broken")
+    process = start_process("otc_bcq", "--resume", folder)
+    for each in (process, unbroken):
+        output, _ = each.communicate(timeout=300)
+        assert each.returncode == 0, output
+
+    whole = only(tmp_path / "unbroken")
+    assert (whole / "returns.csv").read_bytes() == (folder / "returns.csv").read_bytes()
+    states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (whole, folder)]
+    for state in states:
+        del state["args"]
+    assert_same(*states)
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys, data):
+    argv = ["--env", ENV, "--dataset", data, *tiny("otc_bcq"), "--run-dir", tmp_path / "runs"]
+    count, update = iter(range(1, 100)), runs.Graphed.__call__
+
+    def interrupted(*args):
+        if next(count) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(*args)
+
+    monkeypatch.setattr(runs.Graphed, "__call__", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, "otc_bcq", *argv)
+    folder = only(tmp_path / "runs")
+    assert exit.value.code == 130 and f"--resume {folder}" in capsys.readouterr().err
+    assert torch.load(folder / "checkpoint.pt", weights_only=True)["progress"] == (0, 7)
+
+
+@every_script
+def test_one_script_and_common_copied_into_an_empty_folder_run(tmp_path, data, script):
+    shutil.copy(ROOT / f"{script}.py", tmp_path)
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "common", tmp_path / "common", ignore=ignore)
+    (tmp_path / "tests").mkdir()
+    shutil.copy(ROOT / "tests" / "tiny_task.py", tmp_path / "tests")
+    command = [sys.executable, f"{script}.py", "--env", ENV, "--dataset", str(data), *tiny(script)]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0 and "improvement" in result.stdout, result.stderr
+
+
+@every_script
+def test_help_lists_every_flag_and_the_command(monkeypatch, capsys, script):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, script, "--help")
+    text = capsys.readouterr().out
+    assert exit.value.code == 0 and f"python {script}.py --env halfcheetah-medium" in text
+    words = set(text.replace(",", " ").split())
+    for field in dataclasses.fields(importlib.import_module(script).Args):
+        assert "--" + field.name.replace("_", "-") in words
+
+
+# --- Bad input ---
+
+
+BAD = {
+    "unknown task": (["--env", "halfcheeta-medium"], "did you mean halfcheetah"),
+    "unknown quality": (["--env", "hopper-mediun"], "did you mean medium"),
+    "no quality": (["--env", "hopper"], "hopper-medium"),
+    "unknown split": (["--env", "hopper-medium", "--split", "2x3"], "1x3, 3x1"),
+    "no data for it": (["--env", "ant-medium"], "ant"),
+    "no data for a factory": (["--env", ENV], "FILE.hdf5"),
+    "no such file": (["--dataset", "missing.hdf5"], "missing.hdf5"),
+    "zero": (["--batch-size", "0"], "--batch-size is 0"),
+    "negative": (["--deployments", "-1"], "--deployments is -1"),
+    "zero deployment": (["--deployment-steps", "0"], "--deployment-steps is 0"),
+    "negative alpha": (["--alpha", "-1"], "--alpha is -1"),
+    "not a number": (["--learning-rate", "nan"], "--learning-rate is nan"),
+    "empty size": (["--dataset-size", "0"], "--dataset-size is 0"),
+    "more drawn than there is": (["--no-replacement", "--batch-size", "600"], "--candidates 512"),
+    "no run": (["--resume", "nowhere"], "nowhere is not a run folder"),
+    "no offline run": (["--offline-checkpoint", "nowhere"], "nowhere is not a run folder"),
+    "too few references": (["DATA"], "--references 2000"),
+    "folder is a file": (["DATA", "--references", "5", "--run-dir", "DATA/runs"], "cannot write"),
+    "large gamma": (["--gamma", "1.5"], "--gamma is 1.5; it must be at least 0 and at most 1"),
+    "no target actions": (["--num-target-actions", "0"], "--num-target-actions is 0"),
+}
+if not torch.cuda.is_available():
+    BAD["no CUDA"] = (["--device", "cuda"], "no CUDA device")
+SHORT = ["unknown task", "zero", "large gamma", "no run", "too few references", "folder is a file"]
+OWN = {
+    "otc_awac": {
+        "temperature": (["--temperature", "0"], "--temperature is 0.0; it must be more than 0"),
+        "weights": (["--weight-max", "-1"], "--weight-max is -1.0"),
+        "rate": (["--actor-learning-rate", "-1e-4"], "--actor-learning-rate is -0.0001"),
+    },
+    "otc_cql": {
+        "penalty": (["--cql-alpha", "-5"], "--cql-alpha is -5.0"),
+        "penalty actions": (["--num-penalty-actions", "0"], "--num-penalty-actions is 0"),
+        "tau": (["--tau", "2"], "--tau is 2.0; it must be at least 0 and at most 1"),
+    },
+    "otc_td3bc": {
+        "delay": (["--policy-delay", "0"], "--policy-delay is 0; it must be at least 1"),
+        "noise": (["--policy-noise", "-0.2"], "--policy-noise is -0.2"),
+        "cloning": (["--bc-alpha", "inf"], "--bc-alpha is inf"),
+    },
+    "otc_bremen": {
+        "models": (["--num-models", "0"], "--num-models is 0; it must be at least 1"),
+        "KL": (["--kl-limit", "0"], "--kl-limit is 0.0; it must be more than 0"),
+        "lambda": (["--gae-lambda", "1.5"], "--gae-lambda is 1.5"),
+        "cloning": (["--clone-updates", "-1"], "--clone-updates is -1; it must be at least 0"),
+        "rollouts": (["--rollouts", "0"], "--rollouts is 0"),
+    },
+}
+CASES = [("otc_bcq", *case) for case in BAD.items()]
+CASES += [(script, name, BAD[name]) for script in OWN for name in SHORT]
+CASES += [(script, *case) for script, cases in OWN.items() for case in cases.items()]
+
+
+@pytest.mark.parametrize(
+    ("script", "case"), [(s, c) for s, _, c in CASES], ids=[f"{s} {name}" for s, name, _ in CASES]
+)
+def test_bad_input_is_two_lines_status_2_and_nothing_written(
+    tmp_path, monkeypatch, capsys, data, script, case
+):
+    argv, words = case
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OTC_CACHE_DIR", str(tmp_path / "cache"))
+    if argv[0] == "DATA":
+        argv = ["--env", ENV, "--dataset", "point.hdf5", *argv[1:]]
+    argv = [word.replace("DATA", "point.hdf5") for word in argv]
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, script, *argv)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and error.startswith("error: ") and words in error, error
+    assert len(error.strip().splitlines()) <= 2 and "Traceback" not in error
+    assert [f.name for f in tmp_path.iterdir()] == ["point.hdf5"]
+
+
+UNKNOWN = [(s, ["--sampling", "otcc"]) for s in SCRIPTS] + [
+    (s, ["--no-such-flag"]) for s in SCRIPTS
+]
+UNKNOWN += [("otc_bcq", ["--device", "gpu"]), ("otc_bremen", ["--termination", "sometimes"])]
+
+
+@pytest.mark.parametrize(("script", "argv"), UNKNOWN, ids=str)
+def test_unknown_choices_and_flags_exit_with_2(monkeypatch, capsys, script, argv):
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, script, *argv)
+    assert exit.value.code == 2
+
+
+@pytest.fixture
+def fails(tmp_path, monkeypatch, capsys):
+    """Check that a script refuses its command line with `words` and writes no run into b/."""
+
+    def check(words, script, *argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            run(monkeypatch, script, *argv)
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and error.startswith("error: ") and words in error, error
+        assert len(error.strip().splitlines()) <= 2 and not (tmp_path / "b").exists()
+
+    return check
+
+
+def test_unreadable_and_unfit_checkpoints(tmp_path, monkeypatch, data, fails):
+    common = ["--env", ENV, "--dataset", data, *tiny("otc_bcq")]
+    run(monkeypatch, "otc_bcq", *common, "--run-dir", tmp_path / "a", "--sampling", "uniform")
+    folder = only(tmp_path / "a")
+    before = {f: f.read_bytes() for f in folder.iterdir()}
+    fails("--seed is 1 there, not 2", "otc_bcq", "--resume", folder, "--seed", 2)
+    fails("--alpha is 1.0 there, not 2.0", "otc_bcq", "--resume", folder, "--alpha", 2.0)
+    start = ["otc_bcq", *common, "--run-dir", tmp_path / "b", "--offline-checkpoint", folder]
+    fails("trained no embedding", *start, "--distance", "embedding")
+    fails("--seed 1, not 7", *start, "--seed", 7)
+    assert before == {f: f.read_bytes() for f in folder.iterdir()}
+    content = (folder / "offline.pt").read_bytes()
+    for spoiled in (content[: len(content) // 2], b"something else", b""):
+        (folder / "offline.pt").write_bytes(spoiled)
+        fails("not a readable checkpoint", *start)
+    torch.save({"weights": torch.zeros(3)}, folder / "checkpoint.pt")
+    fails("not a readable checkpoint", "otc_bcq", "--resume", folder)
+
+
+@every_script
+def test_a_run_of_one_script_is_refused_by_every_other(tmp_path, monkeypatch, data, fails, script):
+    common = ["--env", ENV, "--dataset", data]
+    run(monkeypatch, script, *common, *tiny(script), "--run-dir", tmp_path / "a")
+    folder = only(tmp_path / "a")
+    before = {f: f.read_bytes() for f in folder.iterdir()}
+    for other in set(SCRIPTS) - {script}:
+        start = ["--run-dir", tmp_path / "b", "--offline-checkpoint", folder]
+        fails(f"is a run of {script}, not {other}", other, *common, *tiny(other), *start)
+        fails(f"{folder}: not a run of this script", other, "--resume", folder)
+    assert before == {f: f.read_bytes() for f in folder.iterdir()}
