@@ -352,6 +352,7 @@ class CQL(nn.Module):
     def conservative_gap(self, obs, next_obs, q1, q2) -> tuple[torch.Tensor, torch.Tensor]:
         """CQL's penalty of each critic, (G,): logsumexp of Q over actions of three kinds, with
         importance weights, minus Q of the data's actions; equation (4) with the entropy as R.
+        Observations are scaled.
 
         Args:
             q1, q2: (G, batch), each critic at the data's actions.

@@ -679,6 +679,9 @@ def test_bad_input_is_two_lines_status_2_and_nothing_written(
     monkeypatch.setenv("OTC_CACHE_DIR", str(tmp_path / "cache"))
     if argv[0] == "DATA":
         argv = ["--env", ENV, "--dataset", "point.hdf5", *argv[1:]]
+    elif argv[0] not in ("--env", "--dataset"):  # a short run, were it not refused
+        short = ["--offline-updates", "1", "--deployments", "0"]
+        argv = ["--env", ENV, "--dataset", "point.hdf5", *short, *argv]
     argv = [word.replace("DATA", "point.hdf5") for word in argv]
     with pytest.raises(SystemExit) as exit:
         run(monkeypatch, script, *argv)
