@@ -72,8 +72,8 @@ def check(args) -> None:
         InputError: names the flag, its value and what it may be.
     """
     may_be_0 = {"seed", "offline_updates", "deployments", "clone_updates"}
-    above_0 = {"temperature", "kl_limit"}
-    at_most_1 = {"gamma", "tau", "gae_lambda"}
+    above_0 = {"temperature", "weight_max", "kl_limit", "policy_std"}
+    at_most_1 = {"gamma", "tau", "soft_min", "gae_lambda", "policy_std"}
     for field in dataclasses.fields(args):
         name, value = field.name, getattr(args, field.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
