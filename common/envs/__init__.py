@@ -34,7 +34,17 @@ class Task:
 
 
 # Returns of uniform actions and of scripted play, measured by benchmarks/particle.py
-COOPERATIVE_NAVIGATION = {}
+COOPERATIVE_NAVIGATION = {
+    2: (-39.7, -7.8),
+    3: (-48.8, -9.2),
+    4: (-56.1, -10.2),
+    5: (-62.2, -10.9),
+    6: (-67.5, -11.4),
+    7: (-73.5, -11.9),
+    8: (-78.5, -12.3),
+    9: (-82.9, -12.5),
+    10: (-87.2, -12.7),
+}
 TASKS = {
     "halfcheetah": Task("mujoco", "HalfCheetah-v5", "2x3", -280.178953, 12135.0),
     # v5's own model has another friction on the right foot than the one D4RL's data comes from
@@ -51,7 +61,7 @@ TASKS = {
         3879.7,
         {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0},
     ),
-    "predator-prey": Task("particle", "predator-prey"),
+    "predator-prey": Task("particle", "predator-prey", "", 0.07, 26.8),
     # Ten per episode whose landmark was reached, so that the score is a percentage
     "navigation": Task("particle", "navigation", "", 0.0, 10.0),
     **{
@@ -59,10 +69,10 @@ TASKS = {
             "particle",
             "cooperative-navigation",
             "",
-            *COOPERATIVE_NAVIGATION.get(n, ()),
+            *references,
             kwargs={"num_agents": n},
         )
-        for n in range(2, 11)
+        for n, references in COOPERATIVE_NAVIGATION.items()
     },
 }
 

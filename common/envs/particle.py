@@ -35,7 +35,7 @@ class Streams:
         self.state = self._mix(seeds + self.STEP)
 
     def draw(self, count: int, teams: np.ndarray) -> np.ndarray:
-        """The next `count` numbers of the teams of a mask (E,): (count, teams) in [0, 1), float32."""
+        """The next `count` numbers of the teams in a mask (E,): (count, teams) in [0, 1)."""
         steps = self.STEP * np.arange(1, count + 1, dtype=np.uint64)
         numbers = self._mix(self.state[teams] + steps[:, None])
         self.state[teams] += steps[-1]
