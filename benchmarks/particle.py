@@ -128,8 +128,9 @@ def plays(args: Args) -> list[dict]:
     return rows
 
 
-def speed(num_envs: int = 1024, stretches: int = 100, steps: int = 5) -> list[dict]:
-    """All tasks, in stretches of a few steps; the fastest says least about what else is running."""
+def speed(num_envs: int = 1024, stretches: int = 40, steps: int = 25) -> list[dict]:
+    """All tasks, in stretches of 25 steps, each with the end of an episode (predator-prey: every
+    second); the fastest stretch says least about what else is running."""
     rows = []
     for task in [task for task, row in TASKS.items() if row.family == "particle"]:
         vec = make_vec(task, num_envs, 0)

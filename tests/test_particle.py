@@ -147,7 +147,7 @@ def test_prey_rests_until_an_agent_is_near_and_is_faster():
         near = np.hypot(*np.moveaxis(moved - prey, 1, 0)).min(0) < 0.2
         step = np.abs(vec.at[-1] - prey).max(0)[~ended]
         assert (step[~near[~ended]] == 0).all() and (step <= 0.15 + 1e-6).all()
-        largest = max(largest, step.max())
+        largest = max(largest, step.max(initial=0))
         assert (np.abs(vec.at) <= F(0.7)).all()
     assert largest == pytest.approx(0.15)
 
