@@ -129,7 +129,7 @@ def plays(args: Args) -> list[dict]:
 
 
 def speed(num_envs: int = 1024, steps: int = 400) -> list[dict]:
-    """All tasks; per second of processor time as well, for a machine that is busy with other work."""
+    """All tasks; per second of processor time as well, for a machine busy with other work."""
     rows = []
     for task in [task for task, row in TASKS.items() if row.family == "particle"]:
         vec = make_vec(task, num_envs, 0)
