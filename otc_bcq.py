@@ -698,6 +698,8 @@ def main(args: Args) -> None:
     for k in range(max(1, phase), args.deployments + 1):  # line 3
         if k > phase:
             # Line 4: deploy pi^{k-1} for M steps; its episodes are its evaluation
+            for each in (envs, eval_envs):  # a task may change between deployments
+                each.set_deployment(k, args.deployments)
             start = time.perf_counter()
             data, returns = deploy(envs, agent, num_steps, (args.seed, k), device)
             steps_per_second = S * num_steps / (time.perf_counter() - start)
@@ -718,6 +720,7 @@ def main(args: Args) -> None:
         # Lines 9 to 16: fine-tune to pi^k
         train(finetune, args.finetune_updates)
     run.save(state())
+    eval_envs.set_deployment(args.deployments + 1, args.deployments)
     returns = evaluate(eval_envs, agent, S, (args.seed, args.deployments + 1), device)
     total_steps = args.deployments * num_steps
     run.record_return(args.deployments, total_steps, returns, transitions.alpha.view(S, N))

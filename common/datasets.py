@@ -29,11 +29,11 @@ from tqdm import tqdm
 from common import InputError, nearest
 from common.envs import TASKS, make_vec
 
-# Rows of the built-in data, as many as D4RL v2 has
+# Rows of the built-in data: as many as D4RL v2 has, and for the particle tasks as the OTC paper has
 BUILT_IN_SIZES = {
     task: {"random": 1_000_000, "medium": 1_000_000, "medium-replay": replay}
     for task, replay in {"halfcheetah": 202_000, "walker2d": 302_000, "hopper": 402_000}.items()
-}
+} | {task: {"random": 1_000_000} for task, row in TASKS.items() if row.family == "particle"}
 QUALITIES = ("random", "medium", "medium-replay", "expert", "medium-expert", "full-replay")
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
@@ -86,10 +86,20 @@ def parse_env(env: str) -> tuple[str, str]:
     """
     if ":" in env:
         return env, ""
-    task, dash, quality = env.partition("-")
-    if task not in TASKS:
-        raise InputError(f"unknown task {task!r} in --env {env}: {nearest(task, TASKS)}")
-    if dash and quality not in QUALITIES:
+    # Names of tasks have dashes too: the longest one that fits
+    task = max((t for t in TASKS if f"{env}-".startswith(f"{t}-")), key=len, default=None)
+    if task is None:
+        task = re.sub(f"-({'|'.join(QUALITIES)})$", "", env)
+        if re.fullmatch("cooperative-navigation(-[^-]*)?", task):
+            hint = "expected cooperative-navigation-N, N agents and landmarks, N from 2 to 10"
+        else:
+            # what follows the first dash is a misspelt quality, unless a task has a dash as well
+            start = task.partition("-")[0]
+            task = task if nearest(task, TASKS).startswith("did") else start
+            hint = nearest(task, TASKS)
+        raise InputError(f"unknown task {task!r} in --env {env}: {hint}")
+    quality = env[len(task) + 1 :]
+    if env != task and quality not in QUALITIES:
         hint = nearest(quality, QUALITIES)
         raise InputError(f"unknown data quality {quality!r} in --env {env}: {hint}")
     return task, quality
@@ -101,9 +111,12 @@ def cache_dir() -> Path:
 
 
 def built_in_path(task: str, quality: str, size: int) -> Path:
-    """A built-in file's place in the cache; its name changes with the policies that made it."""
-    policies = (Path(__file__).parent / "behaviours" / f"{task}.npz").read_bytes()
-    return cache_dir() / f"{task}-{quality}-{size}-{zlib.crc32(policies):08x}.hdf5"
+    """A built-in file's place in the cache; its name changes with the policies that made it, or
+    with the code of a task that needs none."""
+    here = Path(__file__).parent
+    is_particle = TASKS[task].family == "particle"
+    maker = here / ("envs/particle.py" if is_particle else f"behaviours/{task}.npz")
+    return cache_dir() / f"{task}-{quality}-{size}-{zlib.crc32(maker.read_bytes()):08x}.hdf5"
 
 
 def load(
@@ -127,8 +140,10 @@ def load(
         raise InputError(f"unknown --dataset {dataset!r}: {hint} (or FILE.hdf5, or a Minari id)")
     if ":" in env and not is_file:
         raise InputError(f"--dataset {dataset}: --env {env} has no data, expected FILE.hdf5")
+    if dataset in ("d4rl", "minari") and TASKS[task].family != "mujoco":
+        raise InputError(f"--dataset {dataset} has no data of {task}: expected built-in or a file")
     if named and not quality:
-        examples = ", ".join(f"{task}-{q}" for q in QUALITIES[:3])
+        examples = ", ".join(f"{task}-{q}" for q in BUILT_IN_SIZES.get(task, QUALITIES[:3]))
         raise InputError(f"--env {env} names no data quality, expected for example {examples}")
     vec = make_vec(task, 1, 0, split)
     vec.close()
@@ -296,7 +311,8 @@ def _built_in(task: str, quality: str, size: int | None) -> Path:
     if quality not in BUILT_IN_SIZES.get(task, {}):
         names = [f"{t}-{q}" for t, qualities in BUILT_IN_SIZES.items() for q in qualities]
         hint = nearest(f"{task}-{quality}", names)
-        raise InputError(f"no built-in data for {task}-{quality}: {hint} (--dataset d4rl has more)")
+        more = " (--dataset d4rl has more)" if TASKS[task].family == "mujoco" else ""
+        raise InputError(f"no built-in data for {task}-{quality}: {hint}{more}")
     full = BUILT_IN_SIZES[task][quality]
     size = size or full
     if size > full:
@@ -479,11 +495,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.rows < 1 or args.seed < 0:
             raise InputError(f"--rows {args.rows} --seed {args.seed}: expected at least 1 and 0")
-        task = next((task for task in TASKS if args.file.name.startswith(task)), "")
+        tasks = [task for task, row in TASKS.items() if row.family == "mujoco"]
+        task = next((task for task in tasks if args.file.name.startswith(task)), "")
         if args.env:
             task = parse_env(args.env)[0]
-        if task not in TASKS:
-            raise InputError(f"which task is {args.file}? --env {', '.join(TASKS)}")
+        if task not in tasks:
+            raise InputError(f"which task is {args.file}? --env {', '.join(tasks)}")
         found = check(args.file, task, args.rows, args.seed)
     except InputError as error:
         print(error, file=sys.stderr)

@@ -73,7 +73,7 @@ def test_trajectories_equal_gymnasium(task, scale, ends):
     vec.close()
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", PLAIN)
 def test_parallel_api(task, recwarn):
     parallel_api_test(parallel_env(task), num_cycles=1100)
     assert not [w for w in recwarn if "gent" in str(w.message)]
@@ -132,7 +132,7 @@ def test_agents_have_the_joints_of_mamujoco(task, scenario, kwargs):
 
 
 def test_usual_splits():
-    vecs = {task: make_vec(task, 1, 0) for task in TASKS}
+    vecs = {task: make_vec(task, 1, 0) for task in PLAIN}
     shapes = {task: (v.num_agents, v.action_dim, v.obs_dim) for task, v in vecs.items()}
     assert shapes == {
         "halfcheetah": (2, 3, 17),

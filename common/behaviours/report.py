@@ -80,6 +80,8 @@ def main() -> None:
     returns = {}
     for task, sizes in BUILT_IN_SIZES.items():
         for quality, size in sizes.items():
+            if f"{task}-{quality}" not in D4RL:
+                continue
             path = built_in_path(task, quality, size)
             if path.exists():
                 time_limit = make_single(task).spec.max_episode_steps

@@ -27,6 +27,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common import InputError, nearest
+from common.behaviours import uniform
+from common.envs import TASKS
 from common.envs.mujoco import make_single
 
 POLICY_DIR = Path(__file__).parent
@@ -236,13 +238,17 @@ def work() -> None:
 
 
 def _write(file: h5py.File, task: str, quality: str, size: int, num_workers: int) -> None:
+    every = 0.3 if sys.stderr.isatty() else 10
+    bar = tqdm(total=size, desc=f"making {task}-{quality}", unit_scale=True, mininterval=every)
+    if TASKS[task].family == "particle":
+        with bar:
+            uniform.write(file, task, size, bar)
+        return
     parts = plan(task, quality, size)
     shapes = columns(task)
     for key, (shape, dtype) in shapes.items():
         file.create_dataset(key, (size, *shape), dtype)
     num_chunks = sum(len(chunks) for _, chunks in parts)
-    every = 0.3 if sys.stderr.isatty() else 10
-    bar = tqdm(total=size, desc=f"making {task}-{quality}", unit_scale=True, mininterval=every)
     done = 0
     with bar, Workers(min(num_workers, num_chunks)) as workers:
         submitted = [(rows, [workers.submit(chunk) for chunk in chunks]) for rows, chunks in parts]
@@ -275,10 +281,11 @@ def make(
 ) -> None:
     """Write `size` transitions of task's built-in data to `path`, behind a progress bar.
 
-    `quality` is random, medium or medium-replay. The file depends on task, quality and size, not on
-    `num_workers` (default: one per core). The last row of each policy has timeouts=True even where
-    the episode is unfinished: an episode of the file is whole if its last row is terminal or its
-    1,000th. If another process is making `path`, waits for that instead.
+    `quality` is random, medium or medium-replay; of the particle tasks random only. The file
+    depends on task, quality and size, not on `num_workers` (default: one per core). The last row of
+    each policy has timeouts=True even where the episode is unfinished: an episode of the file is
+    whole if its last row is terminal or reaches the time limit. If another process is making
+    `path`, waits for that instead.
     Raises InputError for unknown names, a size below 1 and a place that cannot be written to.
     """
     if quality not in QUALITIES:
@@ -287,7 +294,10 @@ def make(
         )
     if size < 1:
         raise InputError(f"built-in data of {size} transitions: expected at least 1")
-    load_policies(task)
+    if task not in TASKS or TASKS[task].family != "particle":
+        load_policies(task)
+    elif quality != "random":
+        raise InputError(f"unknown built-in data quality {quality!r} of {task}: expected random")
     path = Path(path)
     partial = Path(f"{path}.partial")
     try:

@@ -22,17 +22,29 @@ class Task:
     family: str
     """the file of this folder that builds the task"""
     env_id: str
-    """Gymnasium's name"""
-    split: str
+    """Gymnasium's name, or the name that the family has for it"""
+    split: str = ""
     """the usual partition of the joints, AGENTSxJOINTS"""
     random_return: float | None = None
-    """D4RL's reference return of a random policy (score 0)"""
+    """reference return of a random policy (score 0): D4RL's, or docs/environments.md's"""
     expert_return: float | None = None
-    """D4RL's reference return of an expert (score 100)"""
+    """reference return of an expert (score 100)"""
     kwargs: dict[str, Any] = field(default_factory=dict)
-    """further arguments of `gymnasium.make`"""
+    """further arguments of `gymnasium.make`, or of the task's class"""
 
 
+# Returns of uniform actions and of scripted play, measured by benchmarks/particle.py
+COOPERATIVE_NAVIGATION = {
+    2: (-39.7, -7.8),
+    3: (-48.8, -9.2),
+    4: (-56.1, -10.2),
+    5: (-62.2, -10.9),
+    6: (-67.5, -11.4),
+    7: (-73.5, -11.9),
+    8: (-78.5, -12.3),
+    9: (-82.9, -12.5),
+    10: (-87.2, -12.7),
+}
 TASKS = {
     "halfcheetah": Task("mujoco", "HalfCheetah-v5", "2x3", -280.178953, 12135.0),
     # v5's own model has another friction on the right foot than the one D4RL's data comes from
@@ -49,7 +61,34 @@ TASKS = {
         3879.7,
         {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0},
     ),
+    "predator-prey": Task("particle", "predator-prey", "", 0.07, 26.8),
+    # Ten per episode whose landmark was reached, so that the score is a percentage
+    "navigation": Task("particle", "navigation", "", 0.0, 10.0),
+    **{
+        f"cooperative-navigation-{n}": Task(
+            "particle",
+            "cooperative-navigation",
+            "",
+            *references,
+            kwargs={"num_agents": n},
+        )
+        for n, references in COOPERATIVE_NAVIGATION.items()
+    },
 }
+
+# Of agents 0, 1, ... in every picture (Matplotlib's ten)
+AGENT_COLOURS = (
+    (31, 119, 180),
+    (255, 127, 14),
+    (44, 160, 44),
+    (214, 39, 40),
+    (148, 103, 189),
+    (140, 86, 75),
+    (227, 119, 194),
+    (127, 127, 127),
+    (188, 189, 34),
+    (23, 190, 207),
+)
 
 
 class VecEnv:
@@ -124,6 +163,16 @@ class VecEnv:
             self.elapsed[e] = 0
         return obs, rewards, terminations, truncations, final_obs
 
+    def set_deployment(self, k: int, num_deployments: int) -> None:
+        """Say that the steps to come are those of deployment k of K, for the tasks that change
+        between deployments; 0 is the world of the offline data, K + 1 the evaluation of pi^K.
+
+        Handed to the teams that have a method of this name; most tasks have none and stay the same.
+        """
+        for team in self.teams:
+            if hasattr(team, "set_deployment"):
+                team.set_deployment(k, num_deployments)
+
     def close(self) -> None:
         for team in self.teams:
             team.close()
@@ -152,7 +201,7 @@ def parallel_env(task: str, split: str | None = None, render_mode: str | None = 
 
 
 def normalized_score(task: str, returns: np.ndarray | float) -> np.ndarray:
-    """D4RL's score of `returns` (any shape): random 0, expert 100; nan where D4RL has none."""
+    """Score of `returns` (any shape): random 0, expert 100; nan where the task has neither."""
     _family(task)
     row = TASKS.get(task)
     if row is None or row.random_return is None or row.expert_return is None:

@@ -14,7 +14,7 @@ from gymnasium.spaces import Box
 from pettingzoo import ParallelEnv
 
 from common import InputError
-from common.envs import TASKS, VecEnv
+from common.envs import AGENT_COLOURS, TASKS, VecEnv
 
 
 def _warn(message: str) -> None:
@@ -43,6 +43,17 @@ def parse_split(task: str, split: str | None, num_joints: int) -> tuple[int, int
         )
     num_agents, joints = split.split("x")
     return int(num_agents), int(joints)
+
+
+def colour_agents(model: mujoco.MjModel, num_agents: int) -> None:
+    """Give the limbs that each agent's joints move the agent's colour."""
+    for joints, colour in zip(
+        np.split(np.arange(model.nu), num_agents), AGENT_COLOURS, strict=False
+    ):
+        bodies = model.jnt_bodyid[model.actuator_trnid[joints, 0]]
+        geoms = np.isin(model.geom_bodyid, bodies)
+        model.geom_matid[geoms] = -1  # a material's colour would hide it
+        model.geom_rgba[geoms] = (*np.array(colour) / 255, 1)
 
 
 class MujocoTeam:
@@ -99,6 +110,8 @@ class MujocoParallelEnv(ParallelEnv):
         self.render_mode = render_mode
         space = self.env.action_space
         num_agents, joints = parse_split(task, split, space.shape[0])
+        if render_mode is not None:
+            colour_agents(self.env.unwrapped.model, num_agents)
         self.metadata = {**self.env.metadata, "name": f"{task}_{num_agents}x{joints}"}
         self.possible_agents = [f"agent_{i}" for i in range(num_agents)]
         self.agents = []

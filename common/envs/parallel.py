@@ -44,10 +44,13 @@ def find_factory(name: str) -> Callable[..., ParallelEnv]:
 
 
 class ParallelTeam:
-    """One team for VecEnv. Raises InputError if the environment cannot be used."""
+    """One team for VecEnv, of what `name` makes or of an `env` that is there already.
 
-    def __init__(self, name: str):
-        env = find_factory(name)()
+    Raises InputError if the environment cannot be used.
+    """
+
+    def __init__(self, name: str, env: ParallelEnv | None = None):
+        env = find_factory(name)() if env is None else env
         if not isinstance(env, ParallelEnv):
             raise InputError(
                 f"{name!r} made a {type(env).__name__}, expected a pettingzoo.ParallelEnv "
@@ -101,6 +104,11 @@ class ParallelTeam:
         terminated = any(terminations.values()) or (missing and not truncated)
         reward = sum(rewards.get(agent, 0.0) for agent in self.agents) / self.num_agents
         return self._fill(observations), reward, terminated, truncated
+
+    def set_deployment(self, k: int, num_deployments: int) -> None:
+        """See `VecEnv.set_deployment`: handed to the environment, if it has this method."""
+        if hasattr(self.env, "set_deployment"):
+            self.env.set_deployment(k, num_deployments)
 
     def _fill(self, observations: dict) -> np.ndarray:
         """(N, obs_dim); an agent that is missing keeps its last observation."""
