@@ -115,7 +115,7 @@ class Args:
     """discount"""
     tau: float = 0.005
     """rate at which the target networks follow"""
-    temperature: float = 1.0
+    temperature: float = 2.0
     """of the advantage in the weights exp(A / temperature); AWAC's lambda"""
     weight_max: float = 100.0
     """ceiling of these weights"""

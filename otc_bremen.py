@@ -129,7 +129,7 @@ class Args:
     rollout_length: int = 25
     """steps of an imagined rollout"""
     policy_std: float = 0.1
-    """standard deviation of the policy's noise at first; TRPO changes it"""
+    """standard deviation of the policy's noise at first, 0.01 to 0.95; TRPO changes it"""
     kl_limit: float = 0.05
     """largest mean KL divergence of the policy before an improvement from the one after it"""
     cg_iterations: int = 10

@@ -32,6 +32,7 @@ def name_of(args: dict) -> str:
     if args["sampling"] != "otc":
         return args["sampling"]
     extras = [] if args["adaptive_alpha"] else [f"alpha {args['alpha']:g}"]
+    extras += [f"alpha-max {args['alpha_max']:g}"] if args["alpha_max"] is not None else []
     return " ".join([f"otc ({args['distance']})", *extras])
 
 

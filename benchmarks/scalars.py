@@ -19,7 +19,7 @@ class Args:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """run folders"""
     csv: str
-    """file to write: strategy, seed, tag, step, value"""
+    """file to write: script, env, strategy, seed, tag, step, value"""
     tags: tuple[str, ...] = ("otc/", "losses/vae_", "offline/")
     """beginnings of the tags to copy"""
 
@@ -32,7 +32,13 @@ def main(args: Args) -> None:
         events.Reload()
         for tag in events.Tags()["scalars"]:
             if tag.startswith(args.tags):
-                first = {"strategy": name_of(run["args"]), "seed": run["seed"], "tag": tag}
+                first = {
+                    "script": run["script"],
+                    "env": run["args"]["env"],
+                    "strategy": name_of(run["args"]),
+                    "seed": run["seed"],
+                    "tag": tag,
+                }
                 rows += [
                     first | {"step": e.step, "value": f"{e.value:.6g}"} for e in events.Scalars(tag)
                 ]
