@@ -93,6 +93,11 @@ def check(args) -> None:
             f"--no-replacement draws --batch-size {args.batch_size} different transitions out of "
             f"--candidates {args.candidates}: it needs at least as many candidates"
         )
+    if args.deployments and getattr(args, "improve_every", 0) > args.finetune_updates:
+        raise InputError(
+            f"--improve-every {args.improve_every}: with --finetune-updates "
+            f"{args.finetune_updates} the policy would not improve in any deployment"
+        )
     if args.exclude_self_matches and args.references < 2:
         raise InputError(
             f"--exclude-self-matches needs --references 2 or more, not {args.references}"

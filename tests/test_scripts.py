@@ -661,6 +661,10 @@ OWN = {
         "lambda": (["--gae-lambda", "1.5"], "--gae-lambda is 1.5"),
         "cloning": (["--clone-updates", "-1"], "--clone-updates is -1; it must be at least 0"),
         "rollouts": (["--rollouts", "0"], "--rollouts is 0"),
+        "no improvement": (
+            ["--deployments", "1", "--finetune-updates", "50"],
+            "--improve-every 100: with --finetune-updates 50",
+        ),
     },
 }
 CASES = [("otc_bcq", *case) for case in BAD.items()]
