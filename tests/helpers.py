@@ -1,4 +1,4 @@
-"""Random data and a brute-force network that the scripts' tests share."""
+"""Random data, a brute-force network and closed forms that the scripts' tests share."""
 
 import numpy as np
 import torch
@@ -53,3 +53,35 @@ def plain_mlp(network, x, g):
         x = x @ weight + bias[0]
         x = np.maximum(x, 0) if i < len(layers) - 1 else x
     return x
+
+
+def set_scales(agent):
+    """Observations in units of their own."""
+    with torch.no_grad():
+        agent.obs_mean += torch.randn(OBS_DIM)
+        agent.obs_std += torch.rand(OBS_DIM)
+
+
+def scaled(agent, obs):
+    """Observations as the learner's networks see them, in float64."""
+    return (obs - agent.obs_mean.double().numpy()) / agent.obs_std.double().numpy()
+
+
+def central_difference(parameters, direction, loss, size=1e-6):
+    """Slope of `loss()` as the parameters move along the direction."""
+    values = []
+    with torch.no_grad():
+        for move in (size, -size):
+            torch._foreach_add_(parameters, direction, alpha=move)
+            values.append(loss())
+            torch._foreach_add_(parameters, direction, alpha=-move)
+    return (values[0] - values[1]) / (2 * size)
+
+
+def best_gain(cost, gamma=0.9, push=0.3):
+    """k of the best action -k s in s' = s + push a with the reward -s^2 - cost a^2 (Riccati)."""
+    p = 0.0
+    for _ in range(1000):
+        k = gamma * push * p / (cost + gamma * push**2 * p)
+        p = 1 + cost * k**2 + gamma * p * (1 - push * k) ** 2
+    return k

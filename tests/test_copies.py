@@ -155,6 +155,16 @@ def test_learners_keep_their_optimisers_alike(script, name):
     assert_equal_blocks(f"{learner_of(script)}.{name}", script, expected, found)
 
 
+@pytest.mark.parametrize("name", ["measure_scales", "scaled"])
+def test_learners_scale_observations_alike(name):
+    """AWAC, CQL and TD3+BC; BREMEN's models have scales of their own, BCQ has none."""
+    found = {
+        ast.dump(block(block(tree_of(s).body, learner_of(s), s).body, name, s))
+        for s in ("otc_awac", "otc_cql", "otc_td3bc")
+    }
+    assert len(found) == 1, f"{name} differs between the learners that scale observations"
+
+
 @pytest.mark.parametrize("script", OTHERS)
 def test_main_is_a_copy_but_for_the_learner_and_its_updates(script):
     assert_equal_blocks("main", script, neutral_main(MODEL), neutral_main(script))

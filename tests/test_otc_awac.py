@@ -17,9 +17,13 @@ from tests.helpers import (
     ACTION_DIM,
     OBS_DIM,
     add_deployment,
+    best_gain,
+    central_difference,
     plain_mlp,
     random_batch,
     random_team,
+    scaled,
+    set_scales,
 )
 from tests.tiny_task import ENV, write_data
 
@@ -95,17 +99,6 @@ def test_sampled_actions_are_the_gaussians_moved_into_the_box(monkeypatch):
         np.testing.assert_allclose(sampled[g], np.clip(expected, -1, 1), atol=1e-5)
     assert clipped > 0
     assert torch.equal(agent.act(obs), agent.actor(obs))  # acting has no noise
-
-
-def set_scales(agent):
-    """Observations in units of their own."""
-    with torch.no_grad():
-        agent.obs_mean += torch.randn(OBS_DIM)
-        agent.obs_std += torch.rand(OBS_DIM)
-
-
-def scaled(agent, obs):
-    return (obs - agent.obs_mean.double().numpy()) / agent.obs_std.double().numpy()
 
 
 def test_the_log_std_stays_in_its_range_and_finds_its_way_back():
@@ -269,17 +262,6 @@ def losses_by_hand(agent, batch, noise, g, weights=None):
     return losses, found_weights
 
 
-def central_difference(parameters, direction, loss, size=1e-6):
-    """Slope of `loss()` as the parameters move along the direction."""
-    values = []
-    with torch.no_grad():
-        for move in (size, -size):
-            torch._foreach_add_(parameters, direction, alpha=move)
-            values.append(loss())
-            torch._foreach_add_(parameters, direction, alpha=-move)
-    return (values[0] - values[1]) / (2 * size)
-
-
 def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch):
     """Every loss of one update in float64 loops, and the slopes of these along random directions;
     the advantage weights and the target are constants in them."""
@@ -358,8 +340,8 @@ def test_a_groups_weights_and_updates_do_not_feel_the_others_scale():
         for _ in range(3):
             losses = agent.update(batch)
         updates.append([weights, *losses.values(), *(p.detach() for p in agent.parameters())])
-    for plain, scaled in zip(*updates, strict=True):
-        assert torch.equal(plain[1], scaled[1])
+    for plain, enlarged in zip(*updates, strict=True):
+        assert torch.equal(plain[1], enlarged[1])
     assert not torch.equal(updates[0][0][0], updates[1][0][0])
 
 
@@ -404,15 +386,6 @@ def test_a_bandit_ends_in_its_closed_form_and_each_group_in_its_own():
             stds.append(agent.actor.log_std.detach().exp().flatten())
     assert ((torch.stack(chosen) - best).abs().mean((0, 2, 3)) < 0.08).all()
     assert torch.stack(stds).mean(0).tolist() == pytest.approx([0.05**0.5] * 2, abs=0.04)
-
-
-def best_gain(cost, gamma=0.9, push=0.3):
-    """k of the best action -k s in s' = s + push a with the reward -s^2 - cost a^2 (Riccati)."""
-    p = 0.0
-    for _ in range(1000):
-        k = gamma * push * p / (cost + gamma * push**2 * p)
-        p = 1 + cost * k**2 + gamma * p * (1 - push * k) ** 2
-    return k
 
 
 def test_a_linear_quadratic_task_is_solved_with_the_best_gain():

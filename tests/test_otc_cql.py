@@ -17,9 +17,13 @@ from tests.helpers import (
     ACTION_DIM,
     OBS_DIM,
     add_deployment,
+    best_gain,
+    central_difference,
     plain_mlp,
     random_batch,
     random_team,
+    scaled,
+    set_scales,
 )
 from tests.tiny_task import ENV, write_data
 
@@ -111,17 +115,6 @@ def test_the_log_std_is_held_between_its_bounds():
     assert agent.actor(torch.zeros(1, 1, OBS_DIM))[1].flatten().tolist() == [-20, 2]
     _, log_prob = agent.actor.sample(torch.zeros(1, 50, OBS_DIM))
     assert log_prob.isfinite().all()
-
-
-def set_scales(agent):
-    """Observations in units of their own."""
-    with torch.no_grad():
-        agent.obs_mean += torch.randn(OBS_DIM)
-        agent.obs_std += torch.rand(OBS_DIM)
-
-
-def scaled(agent, obs):
-    return (obs - agent.obs_mean.double().numpy()) / agent.obs_std.double().numpy()
 
 
 def test_acting_is_the_mean_and_value_the_mean_of_the_smaller_critic(monkeypatch):
@@ -286,17 +279,6 @@ def losses_by_hand(agent, batch, noise, g):
     }
 
 
-def central_difference(parameters, direction, loss, size=1e-6):
-    """Slope of `loss()` as the parameters move along the direction."""
-    values = []
-    with torch.no_grad():
-        for move in (size, -size):
-            torch._foreach_add_(parameters, direction, alpha=move)
-            values.append(loss())
-            torch._foreach_add_(parameters, direction, alpha=-move)
-    return (values[0] - values[1]) / (2 * size)
-
-
 @pytest.mark.parametrize("lagrange", [False, True])
 def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch, lagrange):
     """Every loss of one update in float64 loops over groups, states and sampled actions, and the
@@ -366,8 +348,8 @@ def test_a_groups_update_does_not_feel_the_others_scale():
         for _ in range(3):
             losses = agent.update(batch)
         updates.append([*losses.values(), *(p.detach() for p in agent.parameters())])
-    for plain, scaled in zip(*updates, strict=True):
-        assert torch.equal(plain[1], scaled[1])
+    for plain, enlarged in zip(*updates, strict=True):
+        assert torch.equal(plain[1], enlarged[1])
     assert not torch.equal(updates[0][0][0], updates[1][0][0])
 
 
@@ -462,15 +444,6 @@ def test_a_bandit_ends_in_its_closed_form_and_each_group_in_its_own():
         assert (q - reward).abs().mean() > 0.25
         assert (found[g] - q).abs()[10:-10].mean() < 0.12
     assert ((chosen - best).abs() < 0.1).all()
-
-
-def best_gain(cost, gamma=0.9, push=0.3):
-    """k of the best action -k s in s' = s + push a with the reward -s^2 - cost a^2 (Riccati)."""
-    p = 0.0
-    for _ in range(1000):
-        k = gamma * push * p / (cost + gamma * push**2 * p)
-        p = 1 + cost * k**2 + gamma * p * (1 - push * k) ** 2
-    return k
 
 
 def test_a_linear_quadratic_task_is_solved_with_the_best_gain():

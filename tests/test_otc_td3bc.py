@@ -16,6 +16,8 @@ from tests.helpers import (
     ACTION_DIM,
     OBS_DIM,
     add_deployment,
+    best_gain,
+    central_difference,
     plain_mlp,
     random_batch,
     random_team,
@@ -161,17 +163,6 @@ def losses_by_hand(agent, batch, noise, g, weight=None):
     weight = found_weight if weight is None else weight
     losses["losses/actor_loss"] = -weight * np.mean(own) + losses["losses/bc_loss"]
     return losses, found_weight
-
-
-def central_difference(parameters, direction, loss, size=1e-6):
-    """Slope of `loss()` as the parameters move along the direction."""
-    values = []
-    with torch.no_grad():
-        for move in (size, -size):
-            torch._foreach_add_(parameters, direction, alpha=move)
-            values.append(loss())
-            torch._foreach_add_(parameters, direction, alpha=-move)
-    return (values[0] - values[1]) / (2 * size)
 
 
 def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch):
@@ -334,15 +325,6 @@ def test_a_bandit_ends_in_its_closed_form_and_each_group_in_its_own():
         weight = 2.5 / (2 - (expected - 0.6) ** 2)
         expected = weight * 0.6 / (1 + weight)
     assert ((torch.stack(chosen).mean(0) - expected * best.sign()).abs().mean((1, 2)) < 0.08).all()
-
-
-def best_gain(cost, gamma=0.9, push=0.3):
-    """k of the best action -k s in s' = s + push a with the reward -s^2 - cost a^2 (Riccati)."""
-    p = 0.0
-    for _ in range(1000):
-        k = gamma * push * p / (cost + gamma * push**2 * p)
-        p = 1 + cost * k**2 + gamma * p * (1 - push * k) ** 2
-    return k
 
 
 def test_a_linear_quadratic_task_is_solved_with_the_best_gain():
