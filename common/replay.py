@@ -145,15 +145,42 @@ class Replay:
             all float32.
         """
         row = index + self.is_online(index) * self.seed_rows
+        return self._take(row, row + self.viewer_rows, row + self.agent_rows)
+
+    def gather_team(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`gather` with what the whole team saw and did, for centralised critics.
+
+        Returns:
+            obs, next_obs (G, n, N, obs_dim) and actions (G, n, N, action_dim), the group's own
+            agent i first, then i + 1, ... modulo N; rewards, terminations (G, n).
+        """
+        row = index + self.is_online(index) * self.seed_rows
+        agents = torch.arange(self.num_agents, device=self.device)
+        agents = (agents.view(1, -1) + agents.view(-1, 1)) % self.num_agents  # (N, N)
+        agents = agents.repeat(self.num_seeds, 1).unsqueeze(1)  # (G, 1, N)
+        rows = row.unsqueeze(2)
+        viewers = agents % len(self.obs)
+        return self._take(row, rows + viewers * self.num_rows, rows + agents * self.num_rows)
+
+    def following_actions(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The group's action in the row after each of `index` (G, n), and whether that row goes on
+        from there, 1 or 0: (G, n, action_dim), (G, n). Not where an episode or the data ends."""
+        last = self.num_offline + self.num_online - 1
+        here, after = self.gather(index), self.gather(torch.minimum(index + 1, last))
+        goes_on = (here["next_obs"] == after["obs"]).all(2) & (index < last)
+        return after["actions"], goes_on.float() * (1 - here["terminations"])
+
+    def _take(self, row, viewer_row, agent_row) -> dict[str, torch.Tensor]:
+        """The rows of every storage's flattened first two dimensions."""
 
         def take(storage, rows):
             picked = storage.flatten(0, 1).index_select(0, rows.flatten())
-            return picked.view(*index.shape, *storage.shape[2:])
+            return picked.view(*rows.shape, *storage.shape[2:])
 
         return {
-            "obs": take(self.obs, row + self.viewer_rows),
-            "next_obs": take(self.next_obs, row + self.viewer_rows),
-            "actions": take(self.actions, row + self.agent_rows),
+            "obs": take(self.obs, viewer_row),
+            "next_obs": take(self.next_obs, viewer_row),
+            "actions": take(self.actions, agent_row),
             "rewards": take(self.rewards, row),
             "terminations": take(self.terminations, row),
         }

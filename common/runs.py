@@ -72,8 +72,9 @@ def check(args) -> None:
         InputError: names the flag, its value and what it may be.
     """
     may_be_0 = {"seed", "offline_updates", "deployments", "clone_updates"}
-    above_0 = {"temperature", "weight_max", "kl_limit", "policy_std"}
-    at_most_1 = {"gamma", "tau", "soft_min", "gae_lambda", "policy_std"}
+    above_0 = {"temperature", "target_temperature", "weight_max", "kl_limit", "policy_std"}
+    above_0 |= {"penalty_noise"}
+    at_most_1 = {"gamma", "tau", "soft_min", "gae_lambda", "policy_std", "omar_coefficient"}
     for field in dataclasses.fields(args):
         name, value = field.name, getattr(args, field.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -235,6 +236,7 @@ def read_offline_checkpoint(args, script: str) -> dict:
         "num_seeds",
         "hidden_size",
         "num_models",
+        "critic",
         "embedding_dim",
     ):
         was, now = checkpoint["args"].get(name), getattr(args, name, None)

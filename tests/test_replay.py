@@ -9,6 +9,7 @@ import torch
 
 from common.datasets import TeamDataset
 from common.replay import Replay
+from tests.helpers import ACTION_DIM, OBS_DIM, add_deployment, random_team
 from tests.test_sampler import array, assert_frequencies, device, no_host_waits  # noqa: F401
 
 S, N, K, M = 2, 2, 3, 5  # seeds, agents, deployments, steps of each
@@ -293,3 +294,58 @@ def test_counter_is_updated_in_place(device):  # noqa: F811
     counter = replay.num_online
     replay.add(**deployment(0))
     assert replay.num_online is counter and int(counter) == M
+
+
+def test_a_teams_rows_come_with_the_own_agent_first():
+    for own_views in (False, True):
+        team = random_team(num_agents=3)
+        if own_views:
+            team.obs, team.next_obs = (
+                np.concatenate([x, x + 10, x + 20], axis=1) for x in (team.obs, team.next_obs)
+            )
+        replay = Replay(team, 2, 1, 40)
+        add_deployment(replay)
+        index = replay.draw_merged(30)
+        own, team_batch = replay.gather(index), replay.gather_team(index)
+        assert {k: v.shape for k, v in team_batch.items()} == {
+            "obs": (6, 30, 3, OBS_DIM),
+            "next_obs": (6, 30, 3, OBS_DIM),
+            "actions": (6, 30, 3, ACTION_DIM),
+            "rewards": (6, 30),
+            "terminations": (6, 30),
+        }
+        for name in ("rewards", "terminations"):
+            assert torch.equal(own[name], team_batch[name])
+        for g in range(6):
+            for k in range(3):
+                teammate = g // 3 * 3 + (g + k) % 3
+                its = replay.gather(index[g].expand(6, -1))  # everyone at the rows of group g
+                for name in ("obs", "next_obs", "actions"):
+                    assert torch.equal(team_batch[name][g, :, k], its[name][teammate]), name
+
+
+def test_following_actions_are_those_of_the_next_row_where_the_episode_goes_on():
+    team = random_team(n=10, num_agents=2)
+    goes_on = np.array([1, 1, 0, 1, 1, 1, 0, 1, 1, 0], bool)  # the last row ends the data
+    for t in range(9):
+        if goes_on[t]:
+            team.next_obs[t] = team.obs[t + 1]
+    team.terminations[:] = False
+    team.terminations[4] = True  # though the next row begins where it ended
+    replay = Replay(team, 2, 2, 4)
+    index = torch.arange(10).expand(4, -1)
+    expected = torch.as_tensor(goes_on & ~team.terminations).float().expand(4, -1)
+    for deployments in (0, 1):
+        if deployments:
+            add_deployment(replay)
+        actions, is_followed = replay.following_actions(index)
+        assert torch.equal(is_followed, expected)
+        own = replay.gather(torch.arange(1, 10).expand(4, -1))["actions"]
+        assert torch.equal(actions[:, :9], own)
+    # online rows: random numbers do not follow one another, until they are made to
+    online = torch.arange(10, 14).expand(4, -1)
+    assert replay.following_actions(online)[1].sum() == 0
+    rows = replay.num_offline + replay.capacity  # seed 1's first online row
+    replay.next_obs[0, rows] = replay.obs[0, rows + 1]
+    _, is_followed = replay.following_actions(online)
+    assert is_followed.tolist() == [[0, 0, 0, 0]] * 2 + [[1, 0, 0, 0]] * 2
