@@ -40,7 +40,7 @@ def made(num_agents=1, **options):
 
 @pytest.mark.parametrize("options", [{"refit": "softmax"}, {"refit": "elite"}])
 def test_the_sampler_finds_the_higher_peak_where_gradient_ascent_does_not(options):
-    agent = made(sampler_samples=40, sampler_std=1.0, **options)
+    agent = made(sampler_samples=40, **options)
     agent.qf1 = TwoPeaks()
     start = torch.full((1, 200, 1), -0.4)
     obs, data = torch.zeros(1, 200, 1, 1), torch.zeros(1, 200, 1, 1)
@@ -50,8 +50,8 @@ def test_the_sampler_finds_the_higher_peak_where_gradient_ascent_does_not(option
         climbed.data += 0.01 * gradient
     assert (climbed + 0.6).abs().max() < 0.01
     found = agent.best_actions(obs, data, start)
-    near = ((found - 0.7).abs() < 0.1).float().mean()
-    assert near > 0.9, near
+    share = (found > 0.4).float().mean()  # of the states, at the higher peak
+    assert share > 0.9, share
     # never worse than the policy's own action
     assert (agent.qf1(None, found) >= agent.qf1(None, start)).all()
 
