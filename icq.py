@@ -56,7 +56,9 @@ class Args:
     batch_size: int = 1024
     """transitions per update"""
     eval_every: int = 10_000
-    """offline updates between two evaluations of 10 episodes"""
+    """offline updates between two evaluations"""
+    eval_episodes: int = 10
+    """episodes of every evaluation and seed, besides those of the deployments"""
     checkpoint_every: int = 10_000
     """updates between two checkpoints, besides those at every deployment"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -628,7 +630,7 @@ def main(args: Args) -> None:
     num_steps = runs.deployment_steps(args, len(dataset.rewards))  # M
     S, task = args.num_seeds, datasets.parse_env(args.env)[0]
     envs = make_vec(task, S, args.seed, args.split)
-    eval_envs = make_vec(task, 10 * S, args.seed, args.split)
+    eval_envs = make_vec(task, args.eval_episodes * S, args.seed, args.split)
     N = envs.num_agents
 
     # Line 1: initialise the learners and alpha

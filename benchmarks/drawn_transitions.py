@@ -1,0 +1,119 @@
+r"""What OTC draws: V, rewards and ends of the drawn transitions against those of all data.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.drawn_transitions runs/STRATEGIES_RUN \
+        --csv docs/results/drawn_transitions.csv
+
+Takes a run stopped or finished after its last deployment and that deployment's offline policy (or
+the run's last), draws as OTC would with the run's alpha^1, and with a variant of the value distance
+whose V(s') and V(s'*) are divided by the same mean.
+"""
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import tyro
+
+from benchmarks import write_csv
+from common import datasets, runs, sampler
+from common.replay import Replay
+
+
+@dataclass
+class Args:
+    folders: tyro.conf.Positional[list[str]]
+    """run folders with online data; the first seed's of a run of several"""
+    policy: str = "checkpoint.pt"
+    """whose values: checkpoint.pt, the run's last policy, or offline.pt, its first"""
+    alpha: float = 1.0
+    """degree of the correction"""
+    draws: int = 100
+    """minibatches B of 512 and D of 2,000"""
+    csv: str | None = None
+    """file for the numbers, a row per run, draw and group"""
+
+
+def weighted(values: torch.Tensor, distance: torch.Tensor | None, alpha: float) -> torch.Tensor:
+    """Mean of values (G, B) under the draw by rank of the distances, uniform without: (G,)."""
+    if distance is None:
+        return values.mean(1)
+    probabilities = sampler.rank_probabilities(torch.full((1,), alpha), values.shape[1]).float()
+    return (values.gather(1, distance.argsort(1)) * probabilities).sum(1)
+
+
+def look(folder: str, args: Args) -> list[dict]:
+    record = json.loads((Path(folder) / "args.json").read_text())
+    script = importlib.import_module(record["script"])
+    options = script.Args(**record["args"])
+    dataset = datasets.load(options.env, options.dataset, options.dataset_size, options.split)
+    steps = runs.deployment_steps(options, len(dataset.rewards))
+    replay = Replay(dataset, options.num_seeds, options.deployments, steps)
+    state = runs.read_checkpoint(folder, "checkpoint.pt", record["script"])
+    replay.load_state_dict(state["replay"])
+    if args.policy != "checkpoint.pt":
+        start = folder if options.offline_checkpoint is None else options.offline_checkpoint
+        state = runs.read_checkpoint(start, args.policy, record["script"])
+    obs_dim, action_dim = replay.obs.shape[2], replay.actions.shape[2]
+    learner = next(
+        value
+        for value in vars(script).values()
+        if isinstance(value, type) and hasattr(value, "q_value")
+    )
+    agent = learner(replay.num_groups, obs_dim, action_dim, options)
+    agent.load_state_dict(state["agent"])
+    torch.manual_seed(0)
+    sums: dict[str, dict[str, torch.Tensor]] = {}
+    for _ in range(args.draws):
+        index = torch.cat([replay.draw_merged(512), replay.draw_latest(2000)], dim=1)
+        batch = replay.gather(index)
+        q, v = agent.q_value(batch["obs"], batch["actions"]), agent.value(batch["next_obs"])
+        match = sampler.match_by_value(q[:, :512], q[:, 512:])
+        v_b, v_d = v[:, :512], v[:, 512:]
+        star = v_d.gather(1, match)
+        relative = sampler.relative_to_mean(v_b) - sampler.relative_to_mean(v_d).gather(1, match)
+        distances = {
+            "uniform": None,
+            "otc (value)": relative.abs(),
+            "otc (value), one mean": (v_b - star).abs(),
+        }
+        seen = {
+            "v_next": v_b,
+            "v_next_of_match": star,
+            "small_v_next": (v_b.abs() < 0.2 * v_b.mean(1, keepdim=True).abs()).float(),
+            "reward": batch["rewards"][:, :512],
+            "termination": batch["terminations"][:, :512],
+            "online": replay.is_online(index[:, :512]).float(),
+            "q_gap_to_match": (q[:, :512] - q[:, 512:].gather(1, match)).abs(),
+        }
+        for name, distance in distances.items():
+            into = sums.setdefault(name, {})
+            for key, values in seen.items():
+                into[key] = into.get(key, 0) + weighted(values, distance, args.alpha) / args.draws
+            into["mean_v_of_b"] = into.get("mean_v_of_b", 0) + v_b.mean(1) / args.draws
+            into["mean_v_of_d"] = into.get("mean_v_of_d", 0) + v_d.mean(1) / args.draws
+    rows = []
+    for name, values in sums.items():
+        for g in range(replay.num_groups):
+            row = {"script": record["script"], "env": options.env, "policy": args.policy}
+            row |= {"sampling_of_the_run": options.sampling, "draw": name}
+            row |= {"seed": options.seed + g // replay.num_agents, "agent": g % replay.num_agents}
+            rows.append(row | {key: float(value[g]) for key, value in values.items()})
+    return rows
+
+
+def main(args: Args) -> None:
+    rows = [row for folder in args.folders for row in look(folder, args)]
+    numbers = [key for key, value in rows[0].items() if isinstance(value, float)]
+    print("| data | draw | " + " | ".join(numbers) + " |\n|" + "---|" * (len(numbers) + 2))
+    for env, draw in dict.fromkeys((row["env"], row["draw"]) for row in rows):
+        its = [row for row in rows if (row["env"], row["draw"]) == (env, draw)]
+        means = [sum(row[key] for row in its) / len(its) for key in numbers]
+        print(f"| {env} | {draw} | " + " | ".join(f"{mean:.3g}" for mean in means) + " |")
+    if args.csv:
+        write_csv(args.csv, rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
