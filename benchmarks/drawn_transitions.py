@@ -3,9 +3,8 @@ r"""What OTC draws: V, rewards and ends of the drawn transitions against those o
     OMP_NUM_THREADS=1 python -m benchmarks.drawn_transitions runs/STRATEGIES_RUN \
         --csv docs/results/drawn_transitions.csv
 
-Takes a run stopped or finished after its last deployment and that deployment's offline policy (or
-the run's last), draws as OTC would with the run's alpha^1, and with a variant of the value distance
-whose V(s') and V(s'*) are divided by the same mean.
+Draws from the data of a run's last checkpoint as OTC (value) would, whatever the run's own
+--sampling was: by the paper's distance, and with --one-mean.
 """
 
 import importlib
@@ -76,7 +75,7 @@ def look(folder: str, args: Args) -> list[dict]:
         distances = {
             "uniform": None,
             "otc (value)": relative.abs(),
-            "otc (value), one mean": (v_b - star).abs(),
+            "otc (value) one mean": (v_b - star).abs(),
         }
         seen = {
             "v_next": v_b,

@@ -1,20 +1,25 @@
 #!/usr/bin/env bash
-# Strategies from the same offline policies: 3 seeds, ten deployments.
+# Strategies from the same offline policies, ten deployments; 3 seeds unless the flags say otherwise.
 #
 #     benchmarks/strategies.sh SCRIPT ENV "STRATEGY, STRATEGY, ..." "OFFLINE FLAGS" "ONLINE FLAGS"
 #     benchmarks/strategies.sh otc_awac hopper-medium "otc --distance embedding, uniform, offline" \
 #         "--offline-updates 12000" "--finetune-updates 100 --deployment-steps 4000"
 #
-# Then: python -m benchmarks.curves runs/strategies/SCRIPT/ENV --csv FILE.csv --figure FILE.png
+# An offline policy of the same flags that is there already is taken. Then:
+# python -m benchmarks.curves runs/strategies/SCRIPT/ENV --csv FILE.csv --figure FILE.png
 set -euo pipefail
 script=$1 env=$2 strategies=$3 offline_flags=$4 online_flags=$5
 export OMP_NUM_THREADS=1
-common="--env $env --num-seeds 3 $offline_flags"
+if [[ " $offline_flags" != *" --num-seeds "* ]]; then offline_flags="--num-seeds 3 $offline_flags"; fi
+common="--env $env $offline_flags"
 
 distance=
 if [[ $strategies == *embedding* ]]; then distance="--distance embedding"; fi # trains the CVAE too
-start=runs/strategies_start/$script
-python "$script.py" $common --deployments 0 $distance --run-dir "$start"
+flags=$(echo "$offline_flags $distance" | tr -cs 'a-zA-Z0-9.\n' _)
+start=runs/strategies_start/$script/$env/$flags
+if ! ls -d "$start/${env}__${script}__1__"* > /dev/null 2>&1; then
+    python "$script.py" $common --deployments 0 $distance --run-dir "$start"
+fi
 offline=$(ls -d "$start/${env}__${script}__1__"* | tail -n 1)
 IFS=, read -ra each <<< "$strategies"
 for strategy in "${each[@]}"; do

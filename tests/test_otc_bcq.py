@@ -129,10 +129,13 @@ def test_a_bandit_is_solved_and_each_group_solves_its_own():
 # --- Online transition correction ---
 
 
-@pytest.mark.parametrize("distance", ["embedding", "value"])
-def test_transition_distance_equals_its_definition(distance):
+@pytest.mark.parametrize(
+    ("distance", "one_mean"), [("embedding", False), ("value", False), ("value", True)]
+)
+def test_transition_distance_equals_its_definition(distance, one_mean):
     torch.manual_seed(0)
     args = Args(distance=distance, num_value_actions=1, references=30, candidates=20)
+    args.one_mean = one_mean
     replay = Replay(random_team(), 2, 2, 40)
     add_deployment(replay)
     agent = BCQ(4, OBS_DIM, ACTION_DIM, args)
@@ -152,7 +155,8 @@ def test_transition_distance_equals_its_definition(distance):
                 q_star = agent.q_value(D["obs"], D["actions"])[g]
                 v, v_star = (agent.value(x["next_obs"])[g] for x in (B, D))
                 match = (q[:, None] - q_star[None]).abs().argmin(1)
-                expected = (v / v.mean() - (v_star / v_star.mean())[match]).abs()
+                mean_star = v.mean() if one_mean else v_star.mean()
+                expected = (v / v.mean() - (v_star / mean_star)[match]).abs()
             torch.testing.assert_close(found[g], expected, rtol=1e-4, atol=1e-5)
 
 
