@@ -378,7 +378,8 @@ class Run:
             alpha: (S, N), the alpha^k that pi^k was fine-tuned with; nan without OTC.
         """
         means = np.array([np.mean(r) for r in returns])
-        scores = normalized_score(parse_env(self.args.env)[0], means)
+        omar_data = Path(self.args.dataset).is_dir()
+        scores = normalized_score(parse_env(self.args.env)[0], means, omar_data)
         for s, rows in enumerate(self.rows):
             row = {
                 "deployment": deployment,

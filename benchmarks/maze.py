@@ -1,0 +1,97 @@
+"""The mazes: what random actions and the waypoint controller score, and the built-in data.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.maze plays --csv docs/results/maze_plays.csv
+    OMP_NUM_THREADS=1 python -m benchmarks.maze data --csv docs/results/maze_data.csv
+
+`plays`: whole episodes of uniform actions, and of the controller that makes the built-in data, sent
+to the task's own goal, with and without that data's noise in its actions.
+`data`: makes each full-size set in a temporary folder; the time that takes, and what is in it.
+"""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+from benchmarks import write_csv
+from common import datasets
+from common.behaviours.rollout import make, num_cores
+from common.behaviours.waypoints import NOISE, Controller
+from common.envs import TASKS, normalized_score
+from common.envs.maze import MazeTeam
+
+MAZES = [task for task, row in TASKS.items() if row.family == "maze"]
+
+
+@dataclass
+class Args:
+    what: tyro.conf.Positional[Literal["plays", "data"]]
+    """what to measure"""
+    episodes: int = 1000
+    """of every play"""
+    csv: str | None = None
+    """file for the raw numbers"""
+
+
+def play(team: MazeTeam, noise: float | None, rng: np.random.Generator) -> float:
+    """The return of one episode: of the controller, or (noise None) of uniform actions."""
+    obs, total = team.reset(None), 0.0
+    controller = Controller(team.cells, rng)
+    controller.walk_to(tuple(team.goal.astype(int).tolist()), obs[:2])
+    for _ in range(team.max_episode_steps):
+        if noise is None:
+            action = rng.uniform(-1, 1, 2)
+        else:
+            action = controller.act(obs)[0] + noise * rng.standard_normal(2)
+        obs, reward, _, _ = team.step(action)
+        total += reward
+    return total
+
+
+def plays(episodes: int) -> list[dict]:
+    rows = []
+    plays = {"random": None, "controller": 0.0, "noisy controller": NOISE}
+    for task in MAZES:
+        for name, noise in plays.items():
+            team, rng = MazeTeam(task), np.random.default_rng(0)
+            team.reset(0)
+            start = time.process_time()
+            found = np.array([play(team, noise, rng) for _ in range(episodes)])
+            seconds = time.process_time() - start
+            error = found.std() / episodes**0.5
+            rows.append({"task": task, "play": name, "episodes": episodes, "mean": found.mean()})
+            rows[-1] |= {"std": found.std(), "standard_error": error}
+            rows[-1] |= {"score": normalized_score(task, found.mean()).item()}
+            rows[-1] |= {"steps_per_second": episodes * team.max_episode_steps / seconds}
+            print(f"{task:16}{name:18}{found.mean():9.2f} +- {error:.2f}", flush=True)
+    return rows
+
+
+def data() -> list[dict]:
+    rows = []
+    for task in MAZES:
+        size = datasets.BUILT_IN_SIZES[task][""]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "data.hdf5"
+            start = time.perf_counter()
+            make(task, "", size, path)
+            seconds = time.perf_counter() - start
+            team = datasets.load(task, str(path))
+        rows.append({"task": task, "transitions": size, "goals": team.truncations.sum()})
+        rows[-1] |= {"mean_reward": team.rewards.mean(), "seconds": seconds, "cores": num_cores()}
+        print(rows[-1], flush=True)
+    return rows
+
+
+def main(args: Args) -> None:
+    rows = plays(args.episodes) if args.what == "plays" else data()
+    if args.csv is not None:
+        write_csv(args.csv, rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
