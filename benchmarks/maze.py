@@ -4,7 +4,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.maze data --csv docs/results/maze_data.csv
 
 `plays`: whole episodes of uniform actions, and of the controller that makes the built-in data, sent
-to the task's own goal, with and without that data's noise in its actions.
+to the task's own goal, with and without that data's noise in its actions; and, `planned once`, of
+a controller that plans a path in its first episode only and then, its last waypoint being the
+goal, heads straight for it, walls or not.
 `data`: makes each full-size set in a temporary folder; the time that takes, and what is in it.
 """
 
@@ -24,6 +26,7 @@ from common.behaviours.waypoints import NOISE, Controller
 from common.envs import TASKS, normalized_score
 from common.envs.maze import MazeTeam
 
+PLAYS = ("random", "planned once", "controller", "noisy controller")
 MAZES = [task for task, row in TASKS.items() if row.family == "maze"]
 
 
@@ -31,42 +34,48 @@ MAZES = [task for task, row in TASKS.items() if row.family == "maze"]
 class Args:
     what: tyro.conf.Positional[Literal["plays", "data"]]
     """what to measure"""
-    episodes: int = 1000
+    episodes: int = 500
     """of every play"""
     csv: str | None = None
     """file for the raw numbers"""
 
 
-def play(team: MazeTeam, noise: float | None, rng: np.random.Generator) -> float:
-    """The return of one episode: of the controller, or (noise None) of uniform actions."""
-    obs, total = team.reset(None), 0.0
+def returns(task: str, name: str, episodes: int) -> np.ndarray:
+    """Returns (episodes,) of a play of `PLAYS`."""
+    team, rng = MazeTeam(task), np.random.default_rng(0)
+    team.reset(0)
     controller = Controller(team.cells, rng)
-    controller.walk_to(tuple(team.goal.astype(int).tolist()), obs[:2])
-    for _ in range(team.max_episode_steps):
-        if noise is None:
-            action = rng.uniform(-1, 1, 2)
-        else:
-            action = controller.act(obs)[0] + noise * rng.standard_normal(2)
-        obs, reward, _, _ = team.step(action)
-        total += reward
-    return total
+    found = np.zeros(episodes)
+    for episode in range(episodes):
+        obs = team.reset(None)
+        if episode == 0 or name != "planned once":
+            controller.walk_to(tuple(team.goal.astype(int).tolist()), obs[:2])
+        for _ in range(team.max_episode_steps):
+            if name == "random":
+                action = rng.uniform(-1, 1, 2)
+            else:
+                action = controller.act(obs)[0]
+                if name == "noisy controller":
+                    action += NOISE * rng.standard_normal(2)
+            obs, reward, _, _ = team.step(action)
+            found[episode] += reward
+    team.close()
+    return found
 
 
 def plays(episodes: int) -> list[dict]:
     rows = []
-    plays = {"random": None, "controller": 0.0, "noisy controller": NOISE}
     for task in MAZES:
-        for name, noise in plays.items():
-            team, rng = MazeTeam(task), np.random.default_rng(0)
-            team.reset(0)
+        for name in PLAYS:
             start = time.process_time()
-            found = np.array([play(team, noise, rng) for _ in range(episodes)])
+            found = returns(task, name, episodes)
             seconds = time.process_time() - start
             error = found.std() / episodes**0.5
             rows.append({"task": task, "play": name, "episodes": episodes, "mean": found.mean()})
             rows[-1] |= {"std": found.std(), "standard_error": error}
             rows[-1] |= {"score": normalized_score(task, found.mean()).item()}
-            rows[-1] |= {"steps_per_second": episodes * team.max_episode_steps / seconds}
+            steps = episodes * TASKS[task].kwargs["limit"]
+            rows[-1] |= {"steps_per_processor_second": steps / seconds}
             print(f"{task:16}{name:18}{found.mean():9.2f} +- {error:.2f}", flush=True)
     return rows
 
