@@ -16,6 +16,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
+import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -109,6 +110,8 @@ def parse_env(env: str) -> tuple[str, str]:
     if env != task and quality not in QUALITIES:
         hint = nearest(quality, QUALITIES)
         raise InputError(f"unknown data quality {quality!r} in --env {env}: {hint}")
+    if quality and TASKS[task].family == "maze":
+        raise InputError(f"--env {env}: a maze has one set of data, expected --env {task}")
     return task, quality
 
 
@@ -134,21 +137,27 @@ def built_in_path(task: str, quality: str, size: int) -> Path:
     return cache_dir() / f"{data_name(task, quality)}-{size}-{zlib.crc32(content):08x}.hdf5"
 
 
+def is_omar(dataset: str) -> bool:
+    """Whether `--dataset` is a folder with OMAR's files."""
+    return (Path(dataset) / "obs_0.npy").exists()
+
+
 def load(
     env: str, dataset: str = "built-in", size: int | None = None, split: str | None = None
 ) -> TeamDataset:
-    """The data of `env`, task-quality or package.module:factory (then `dataset` must be a file).
+    """The data of `env`, task-quality or package.module:factory (then `dataset` must be a file
+    or folder).
 
     `dataset` is built-in, d4rl, minari, a Minari id, a file in D4RL's layout or a folder in OMAR's.
-    Built-in data is
-    made once, d4rl and minari are fetched once. `size` is the number of transitions: built-in data
-    is made at that size; of other data whole episodes are taken, spread evenly, the last one cut.
+    Built-in data is made once, d4rl and minari are fetched once. `size` is the number of
+    transitions: built-in data is made at that size; of other data whole episodes are taken, spread
+    evenly, the last one cut.
     Raises InputError for whatever is wrong with the names, the size or the data.
     """
     task, quality = parse_env(env)
     if size is not None and size < 1:
         raise InputError(f"--dataset-size {size}: expected at least 1")
-    is_minari_id = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", dataset) is not None
+    is_minari_id = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", dataset) and not is_omar(dataset)
     is_file = dataset.endswith((".hdf5", ".h5")) or (Path(dataset).exists() and not is_minari_id)
     is_folder = is_file and Path(dataset).is_dir()
     named = dataset in ("built-in", "d4rl", "minari")
@@ -158,7 +167,9 @@ def load(
             f"unknown --dataset {dataset!r}: {hint} (or FILE.hdf5, FOLDER, a Minari id)"
         )
     if ":" in env and not is_file:
-        raise InputError(f"--dataset {dataset}: --env {env} has no data, expected FILE.hdf5")
+        raise InputError(
+            f"--dataset {dataset}: --env {env} has no data, expected FILE.hdf5 or FOLDER"
+        )
     families = {"d4rl": ("mujoco", "maze"), "minari": ("mujoco",)}
     if dataset in families and TASKS[task].family not in families[dataset]:
         raise InputError(f"--dataset {dataset} has no data of {task}: expected built-in or a file")
@@ -515,7 +526,7 @@ def _read_npy(path: Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r")
     except FileNotFoundError:
         raise InputError(f"no such file: {path} (OMAR's folders have one per agent)") from None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no readable array: {error}") from error
     if not isinstance(array, np.ndarray) or not array.ndim or array.dtype.kind not in "fiub":
         raise InputError(f"{path} is not an array of numbers")

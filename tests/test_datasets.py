@@ -192,6 +192,10 @@ def test_omars_folder(tmp_path):
     assert np.flatnonzero(team.truncations).tolist() == [24, 49, 74, 99]
     assert not team.terminations.any()
     assert len(load("cooperative-navigation-3", path, size=30)) == 30
+    path = omar(tmp_path / "named-as-minari-v2", seed=1)
+    assert "OMAR" in load("cooperative-navigation-3", path).source
+    with pytest.raises(InputError, match="no such file: .*obs_0.npy"):
+        load("cooperative-navigation-3", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +264,10 @@ def remove(*names):
         (replace_by("rews_0.npy", np.full(100, "x")), "rews_0.npy is not an array of numbers"),
         (replace_by("rews_0.npy", np.float64(1)), "rews_0.npy is not an array of numbers"),
         (replace_by("rews_0.npy", np.array([None] * 100)), "rews_0.npy is no readable array"),
-        (lambda folder: (folder / "obs_1.npy").write_bytes(b"PK"), "obs_1.npy is no readable arr"),
+        (
+            lambda folder: (folder / "obs_1.npy").write_bytes(b"PK\3\4"),
+            "obs_1.npy is no readable arr",
+        ),
         (lambda folder: (folder / "obs_1.npy").write_bytes(b""), "obs_1.npy is no readable array"),
     ],
 )
