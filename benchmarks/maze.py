@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.maze plays --csv docs/results/maze_plays.csv
     OMP_NUM_THREADS=1 python -m benchmarks.maze data --csv docs/results/maze_data.csv
+    MUJOCO_GL=egl python -m benchmarks.maze pictures
 
 `plays`: whole episodes of uniform actions, and of the controller that makes the built-in data, sent
 to the task's own goal, with and without that data's noise in its actions; and, `planned once`, of
@@ -23,7 +24,8 @@ from benchmarks import write_csv
 from common import datasets
 from common.behaviours.rollout import make, num_cores
 from common.behaviours.waypoints import NOISE, Controller
-from common.envs import TASKS, normalized_score
+from common.envs import TASKS, normalized_score, parallel_env
+from common.envs.__main__ import shrink
 from common.envs.maze import MazeTeam
 
 PLAYS = ("random", "planned once", "controller", "noisy controller")
@@ -32,8 +34,8 @@ MAZES = [task for task, row in TASKS.items() if row.family == "maze"]
 
 @dataclass
 class Args:
-    what: tyro.conf.Positional[Literal["plays", "data"]]
-    """what to measure"""
+    what: tyro.conf.Positional[Literal["plays", "data", "pictures"]]
+    """what to measure or draw"""
     episodes: int = 500
     """of every play"""
     csv: str | None = None
@@ -96,7 +98,24 @@ def data() -> list[dict]:
     return rows
 
 
+def pictures() -> None:
+    """docs/figures/maze2d.png: the three mazes side by side, each at a start."""
+    import imageio.v3 as imageio
+
+    frames = []
+    for task in MAZES:
+        env = parallel_env(task, render_mode="rgb_array")
+        env.reset(seed=2)
+        frames += [shrink(env.render(), 240), np.full((240, 6, 3), 255, np.uint8)]
+        env.close()
+    path = Path(__file__).parents[1] / "docs" / "figures" / "maze2d.png"
+    imageio.imwrite(path, np.concatenate(frames[:-1], axis=1))
+    print(path)
+
+
 def main(args: Args) -> None:
+    if args.what == "pictures":
+        return pictures()
     rows = plays(args.episodes) if args.what == "plays" else data()
     if args.csv is not None:
         write_csv(args.csv, rows)

@@ -34,7 +34,7 @@ def point_maze(task: str, render_mode: str | None = None) -> Any:
             from gymnasium_robotics.envs.maze import maps
             from gymnasium_robotics.envs.maze.point_maze import PointMazeEnv
     except ImportError as error:
-        hint = "pip install gymnasium-robotics"
+        hint = "pip install gymnasium-robotics==1.4.2"
         raise InputError(f"{task} needs gymnasium-robotics: {hint}") from error
     env = PointMazeEnv(maze_map=getattr(maps, TASKS[task].env_id), render_mode=render_mode)
     os.remove(env.tmp_xml_file_path)  # it leaves one behind per environment
