@@ -198,6 +198,17 @@ def test_omars_folder(tmp_path):
         load("cooperative-navigation-3", str(tmp_path))
 
 
+def test_the_prey_is_not_one_of_the_agents(tmp_path):
+    path = tmp_path / "a"
+    omar(path)
+    np.save(path / "obs_3.npy", np.zeros((100, 10)))
+    vec = types.SimpleNamespace(num_agents=3, obs_dim=12, action_dim=2, max_episode_steps=25)
+    for task in ("simple-tag", "simple-world"):
+        assert datasets._read_omar(path, task, vec)["observations"].shape == (100, 36)
+    with pytest.raises(InputError, match="for agents 0, 1, 2, 3; simple-spread has 3"):
+        datasets._read_omar(path, "simple-spread", vec)
+
+
 @pytest.mark.parametrize(
     "n, done, terminations, truncations",
     [

@@ -83,7 +83,8 @@ TASKS = {
     },
 }
 
-# (random, expert) returns of OMAR's own behaviour policies: scores of runs on its released data
+# OMAR's (random, expert) returns, as MADiff's appendix G.1 and, for HalfCheetah, other users of its
+# data give them: scores of runs on that data
 OMAR_RETURNS = {
     "simple-spread": (159.8, 516.8),
     "simple-tag": (-4.1, 185.6),

@@ -9,8 +9,8 @@ counted downwards and to the right, with the middle of cell (i, j) at (i - 0.2, 
 
 import contextlib
 import io
-import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def point_maze(task: str, render_mode: str | None = None) -> Any:
         hint = "pip install gymnasium-robotics==1.4.2"
         raise InputError(f"{task} needs gymnasium-robotics: {hint}") from error
     env = PointMazeEnv(maze_map=getattr(maps, TASKS[task].env_id), render_mode=render_mode)
-    os.remove(env.tmp_xml_file_path)  # it leaves one behind per environment
+    Path(env.tmp_xml_file_path).unlink(missing_ok=True)  # it leaves one behind per environment
     return env
 
 
