@@ -37,7 +37,7 @@ class Args:
     """task and data quality; or package.module:factory of a PettingZoo ParallelEnv, together with
     --dataset FILE"""
     dataset: str = "built-in"
-    """built-in, d4rl, minari, a D4RL-layout HDF5 file, or a Minari id"""
+    """built-in, d4rl, minari, a D4RL-layout HDF5 file, OMAR's folder, or a Minari id"""
     dataset_size: int | None = None
     """fewer offline transitions, for a quick look; default: the data's own size"""
     split: str | None = None

@@ -16,6 +16,7 @@ import re
 import sys
 import urllib.error
 import urllib.request
+import zipfile
 import zlib
 from dataclasses import dataclass, replace
 from http.client import HTTPException
@@ -29,13 +30,20 @@ from tqdm import tqdm
 from common import InputError, nearest
 from common.envs import TASKS, make_vec
 
-# Rows of the built-in data: as many as D4RL v2 has, and for the particle tasks as the OTC paper has
+# Rows of the built-in data: as many as D4RL v2 has, for the particle tasks as the OTC paper has;
+# a maze has one set, without a quality (D4RL's have 1, 2 and 4 million rows)
+ONE_QUALITY = {"particle": "random", "maze": ""}
 BUILT_IN_SIZES = {
     task: {"random": 1_000_000, "medium": 1_000_000, "medium-replay": replay}
     for task, replay in {"halfcheetah": 202_000, "walker2d": 302_000, "hopper": 402_000}.items()
-} | {task: {"random": 1_000_000} for task, row in TASKS.items() if row.family == "particle"}
+} | {
+    task: {ONE_QUALITY[row.family]: 1_000_000}
+    for task, row in TASKS.items()
+    if row.family in ONE_QUALITY
+}
 QUALITIES = ("random", "medium", "medium-replay", "expert", "medium-expert", "full-replay")
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
+D4RL_MAZE_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/maze2d/"
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
 
@@ -102,7 +110,14 @@ def parse_env(env: str) -> tuple[str, str]:
     if env != task and quality not in QUALITIES:
         hint = nearest(quality, QUALITIES)
         raise InputError(f"unknown data quality {quality!r} in --env {env}: {hint}")
+    if quality and TASKS[task].family == "maze":
+        raise InputError(f"--env {env}: a maze has one set of data, expected --env {task}")
     return task, quality
+
+
+def data_name(task: str, quality: str) -> str:
+    """The inverse of `parse_env`."""
+    return f"{task}-{quality}" if quality else task
 
 
 def cache_dir() -> Path:
@@ -113,36 +128,52 @@ def cache_dir() -> Path:
 def built_in_path(task: str, quality: str, size: int) -> Path:
     """A built-in file's place in the cache; its name changes with the policies that made it, or
     with the code of a task that needs none."""
-    here = Path(__file__).parent
-    is_particle = TASKS[task].family == "particle"
-    maker = here / ("envs/particle.py" if is_particle else f"behaviours/{task}.npz")
-    return cache_dir() / f"{task}-{quality}-{size}-{zlib.crc32(maker.read_bytes()):08x}.hdf5"
+    code = {
+        "particle": ["envs/particle.py"],
+        "maze": ["envs/maze.py", "behaviours/waypoints.py"],
+    }
+    makers = code.get(TASKS[task].family, [f"behaviours/{task}.npz"])
+    content = b"".join((Path(__file__).parent / maker).read_bytes() for maker in makers)
+    return cache_dir() / f"{data_name(task, quality)}-{size}-{zlib.crc32(content):08x}.hdf5"
+
+
+def is_omar(dataset: str) -> bool:
+    """Whether `--dataset` is a folder with OMAR's files."""
+    return (Path(dataset) / "obs_0.npy").exists()
 
 
 def load(
     env: str, dataset: str = "built-in", size: int | None = None, split: str | None = None
 ) -> TeamDataset:
-    """The data of `env`, task-quality or package.module:factory (then `dataset` must be a file).
+    """The data of `env`, task-quality or package.module:factory (then `dataset` must be a file
+    or folder).
 
-    `dataset` is built-in, d4rl, minari, a Minari id or a file in D4RL's layout. Built-in data is
-    made once, d4rl and minari are fetched once. `size` is the number of transitions: built-in data
-    is made at that size; of other data whole episodes are taken, spread evenly, the last one cut.
+    `dataset` is built-in, d4rl, minari, a Minari id, a file in D4RL's layout or a folder in OMAR's.
+    Built-in data is made once, d4rl and minari are fetched once. `size` is the number of
+    transitions: built-in data is made at that size; of other data whole episodes are taken, spread
+    evenly, the last one cut.
     Raises InputError for whatever is wrong with the names, the size or the data.
     """
     task, quality = parse_env(env)
     if size is not None and size < 1:
         raise InputError(f"--dataset-size {size}: expected at least 1")
-    is_minari_id = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", dataset) is not None
+    is_minari_id = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", dataset) and not is_omar(dataset)
     is_file = dataset.endswith((".hdf5", ".h5")) or (Path(dataset).exists() and not is_minari_id)
+    is_folder = is_file and Path(dataset).is_dir()
     named = dataset in ("built-in", "d4rl", "minari")
     if not (named or is_minari_id or is_file):
         hint = nearest(dataset, ["built-in", "d4rl", "minari"])
-        raise InputError(f"unknown --dataset {dataset!r}: {hint} (or FILE.hdf5, or a Minari id)")
+        raise InputError(
+            f"unknown --dataset {dataset!r}: {hint} (or FILE.hdf5, FOLDER, a Minari id)"
+        )
     if ":" in env and not is_file:
-        raise InputError(f"--dataset {dataset}: --env {env} has no data, expected FILE.hdf5")
-    if dataset in ("d4rl", "minari") and TASKS[task].family != "mujoco":
+        raise InputError(
+            f"--dataset {dataset}: --env {env} has no data, expected FILE.hdf5 or FOLDER"
+        )
+    families = {"d4rl": ("mujoco", "maze"), "minari": ("mujoco",)}
+    if dataset in families and TASKS[task].family not in families[dataset]:
         raise InputError(f"--dataset {dataset} has no data of {task}: expected built-in or a file")
-    if named and not quality:
+    if named and not quality and TASKS[task].family != "maze":
         examples = ", ".join(f"{task}-{q}" for q in BUILT_IN_SIZES.get(task, QUALITIES[:3]))
         raise InputError(f"--env {env} names no data quality, expected for example {examples}")
     vec = make_vec(task, 1, 0, split)
@@ -154,11 +185,14 @@ def load(
     elif dataset == "d4rl":
         path = _d4rl(task, quality)
         data, name = _read_hdf5(path), f"D4RL {path.stem}"
+    elif is_folder:
+        path = Path(dataset)
+        data, name = _read_omar(path, task, vec), "OMAR's layout"
     elif is_file:
         path = Path(dataset)
         data, name = _read_hdf5(path), "file"
     else:
-        path = f"mujoco/{task}/{quality}-v0" if dataset == "minari" else dataset
+        path = f"mujoco/{_robot(task)}/{quality}-v0" if dataset == "minari" else dataset
         data, name = _read_minari(path), "Minari"
     team = _team(data, task, vec, str(path))
     total = len(team)
@@ -189,8 +223,15 @@ def _team(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> TeamD
                 data[key] = np.ascontiguousarray(data[key].reshape(n, -1)[:, :27])
 
     num_agents, obs_dim, action_dim = vec.num_agents, vec.obs_dim, vec.action_dim
+    obs_widths = (obs_dim, num_agents * obs_dim)
+    seen = getattr(vec, "seen", None)
+    if seen is not None:  # the agents see parts of the full state, which data may hold instead
+        obs_widths = (vec.state_dim, num_agents * obs_dim)
+        for key in ("observations", "next_observations"):
+            if key in data and data[key].size // n == vec.state_dim:
+                data[key] = data[key].reshape(n, -1)[:, seen.ravel()]
     widths = {
-        "observations": (obs_dim, num_agents * obs_dim),
+        "observations": obs_widths,
         "next_observations": (data["observations"].size // n,),
         "actions": (num_agents * action_dim,),
         "rewards": (1,),
@@ -308,15 +349,16 @@ def _read_hdf5(path: Path) -> dict[str, np.ndarray]:
 
 def _built_in(task: str, quality: str, size: int | None) -> Path:
     """The built-in file, made first where it is not there yet."""
+    env = data_name(task, quality)
     if quality not in BUILT_IN_SIZES.get(task, {}):
-        names = [f"{t}-{q}" for t, qualities in BUILT_IN_SIZES.items() for q in qualities]
-        hint = nearest(f"{task}-{quality}", names)
+        names = [data_name(t, q) for t, qualities in BUILT_IN_SIZES.items() for q in qualities]
+        hint = nearest(env, names)
         more = " (--dataset d4rl has more)" if TASKS[task].family == "mujoco" else ""
-        raise InputError(f"no built-in data for {task}-{quality}: {hint}{more}")
+        raise InputError(f"no built-in data for {env}: {hint}{more}")
     full = BUILT_IN_SIZES[task][quality]
     size = size or full
     if size > full:
-        raise InputError(f"--dataset-size {size}: expected at most {full} for {task}-{quality}")
+        raise InputError(f"--dataset-size {size}: expected at most {full} for {env}")
     path = built_in_path(task, quality, size)
     if not path.exists():
         from common.behaviours.rollout import make
@@ -326,12 +368,22 @@ def _built_in(task: str, quality: str, size: int | None) -> Path:
 
 
 def _d4rl(task: str, quality: str) -> Path:
-    """D4RL's v2 file in $D4RL_DATASET_DIR or ~/.d4rl/datasets, downloaded first if not there."""
+    """D4RL's v2 file, of a maze the sparse v1 file, in $D4RL_DATASET_DIR or ~/.d4rl/datasets,
+    downloaded first if not there."""
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
-    path = folder / f"{task}_{quality.replace('-', '_')}-v2.hdf5"
+    if TASKS[task].family == "maze":
+        url, name = D4RL_MAZE_URL, f"{task}-sparse-v1.hdf5"
+    else:
+        url, name = D4RL_URL, f"{_robot(task)}_{quality.replace('-', '_')}-v2.hdf5"
+    path = folder / name
     if not path.exists():
-        _download(D4RL_URL + path.name, path)
+        _download(url + name, path)
     return path
+
+
+def _robot(task: str) -> str:
+    """What D4RL and Minari call a MuJoCo task, local or not."""
+    return task.removesuffix("-local")
 
 
 def _download(url: str, path: Path) -> None:
@@ -409,6 +461,76 @@ def _read_minari(dataset_id: str) -> dict[str, np.ndarray]:
     if not parts["rewards"]:
         raise InputError(f"Minari {dataset_id}: no transitions in it")
     return {key: np.concatenate(parts.pop(key)) for key in list(parts)}
+
+
+def _read_omar(folder: Path, task: str, vec: Any) -> dict[str, np.ndarray]:
+    """OMAR's folder: per agent i `obs_i acs_i rews_i next_obs_i dones_i.npy`, as D4RL's arrays.
+
+    Of a task whose agents see parts of the full state, that is taken from `states_i next_states_i`.
+    The team's reward is the mean over its agents. OMAR's dones leave the time limit out, so if none
+    is set but at the time limit, and the rows are whole episodes of that length, every such
+    episode was cut by the limit; otherwise dones are terminations.
+    """
+    keys = {
+        "observations": "obs",
+        "actions": "acs",
+        "rewards": "rews",
+        "next_observations": "next_obs",
+        "terminals": "dones",
+    }
+    if getattr(vec, "seen", None) is not None and (folder / "states_0.npy").exists():
+        keys |= {"observations": "states", "next_observations": "next_states"}
+    found = {int(p.stem[4:]) for p in folder.glob("obs_*.npy") if p.stem[4:].isdigit()}
+    # the last agent of these is the prey, which is part of the task here
+    expected = {vec.num_agents, vec.num_agents + (task in ("simple-tag", "simple-world"))}
+    if found and (len(found) not in expected or max(found) >= len(found)):
+        agents = ", ".join(map(str, sorted(found)))
+        raise InputError(
+            f"{folder}: obs_i.npy for agents {agents}; {task} has {vec.num_agents}, from 0"
+        )
+    parts = {
+        key: [_read_npy(folder / f"{name}_{i}.npy") for i in range(vec.num_agents)]
+        for key, name in keys.items()
+    }
+    n = len(parts["observations"][0])
+    widths = {"actions": vec.action_dim, "rewards": 1, "terminals": 1}
+    for key, name in keys.items():
+        width = widths.get(key, vec.state_dim if name.endswith("states") else vec.obs_dim)
+        for i, array in enumerate(parts[key]):
+            if array.size != n * width or len(array) != n:
+                raise InputError(
+                    f"{folder}: {name}_{i}.npy has shape {array.shape}, expected {(n, width)}"
+                )
+    if keys["observations"] == "states":  # the same for every agent
+        parts |= {key: parts[key][:1] for key in ("observations", "next_observations")}
+    data = {}
+    for key in ("observations", "next_observations", "actions"):
+        columns = [array.reshape(n, -1) for array in parts.pop(key)]
+        data[key] = np.concatenate(columns, axis=1, dtype=np.float32, casting="unsafe")
+    rewards = [array.reshape(n) for array in parts["rewards"]]
+    data["rewards"] = np.mean(rewards, axis=0, dtype=np.float64).astype(np.float32)
+    dones = np.stack([array.reshape(n) for array in parts["terminals"]])
+    if not ((dones == 0) | (dones == 1)).all():
+        raise InputError(f"{folder}: dones have values other than 0 and 1")
+    dones = dones.any(axis=0)
+    at_limit = np.arange(1, n + 1) % vec.max_episode_steps == 0
+    if n % vec.max_episode_steps or (dones & ~at_limit).any():
+        at_limit[:] = False
+    data["terminals"], data["timeouts"] = dones & ~at_limit, at_limit
+    return data
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    """An array of numbers, mapped and not yet read."""
+    try:
+        array = np.load(path, mmap_mode="r")
+    except FileNotFoundError:
+        raise InputError(f"no such file: {path} (OMAR's folders have one per agent)") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path} is no readable array: {error}") from error
+    if not isinstance(array, np.ndarray) or not array.ndim or array.dtype.kind not in "fiub":
+        raise InputError(f"{path} is not an array of numbers")
+    return array
 
 
 # --- python -m common.datasets check FILE ---
@@ -496,7 +618,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.rows < 1 or args.seed < 0:
             raise InputError(f"--rows {args.rows} --seed {args.seed}: expected at least 1 and 0")
         tasks = [task for task, row in TASKS.items() if row.family == "mujoco"]
-        task = next((task for task in tasks if args.file.name.startswith(task)), "")
+        task = max((t for t in tasks if args.file.name.startswith(t)), key=len, default="")
         if args.env:
             task = parse_env(args.env)[0]
         if task not in tasks:

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from common import InputError
-from common.datasets import parse_env
+from common.datasets import is_omar, parse_env
 from common.envs import normalized_score
 
 LOG_EVERY = 500  # updates between two rows of losses
@@ -380,7 +380,8 @@ class Run:
             alpha: (S, N), the alpha^k that pi^k was fine-tuned with; nan without OTC.
         """
         means = np.array([np.mean(r) for r in returns])
-        scores = normalized_score(parse_env(self.args.env)[0], means)
+        omar_data = is_omar(self.args.dataset)
+        scores = normalized_score(parse_env(self.args.env)[0], means, omar_data)
         for s, rows in enumerate(self.rows):
             row = {
                 "deployment": deployment,

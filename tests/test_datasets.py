@@ -154,6 +154,142 @@ def test_parallel_env_with_own_observations(tmp_path):
         load(env, "d4rl")
 
 
+# --- OMAR's folders ---
+
+
+def omar(folder, n=100, num_agents=3, obs_dim=12, act_dim=2, states=None, seed=0):
+    """Arrays as OMAR's buffers write them, float64; all agents' rewards but agent 0's are 0."""
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for i in range(num_agents):
+        arrays = {
+            "obs": rng.normal(size=(n, obs_dim)),
+            "next_obs": rng.normal(size=(n, obs_dim)),
+            "acs": rng.uniform(-0.1, 0.1, (n, act_dim)),
+            "rews": np.arange(n) * (i == 0) * float(num_agents),
+            "dones": np.zeros(n),
+        }
+        if states is not None:
+            arrays |= {"states": states[:-1], "next_states": states[1:]}
+        for name, array in arrays.items():
+            np.save(folder / f"{name}_{i}.npy", array)
+    return str(folder)
+
+
+def test_omars_folder(tmp_path):
+    path = omar(tmp_path / "seed_0_data")
+    team = load("cooperative-navigation-3-medium", path)  # 3 agents, 12 numbers, 25 steps
+    assert team.source == f"OMAR's layout: 100 transitions, {path}"
+    assert team.obs.shape == (100, 3, 12) and team.actions.shape == (100, 3, 2)
+    for i in range(3):
+        own = {k: np.load(f"{path}/{k}_{i}.npy") for k in ("obs", "next_obs", "acs")}
+        agent = team.agent(i)
+        np.testing.assert_allclose(agent["obs"], own["obs"], rtol=1e-6)
+        np.testing.assert_allclose(agent["next_obs"], own["next_obs"], rtol=1e-6)
+        np.testing.assert_allclose(agent["actions"], 10 * own["acs"], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(team.rewards, np.arange(100), rtol=1e-6)  # the agents' mean
+    # whole episodes as the task's: the time limit ended them, as no done says
+    assert np.flatnonzero(team.truncations).tolist() == [24, 49, 74, 99]
+    assert not team.terminations.any()
+    assert len(load("cooperative-navigation-3", path, size=30)) == 30
+    path = omar(tmp_path / "named-as-minari-v2", seed=1)
+    assert "OMAR" in load("cooperative-navigation-3", path).source
+    with pytest.raises(InputError, match="no such file: .*obs_0.npy"):
+        load("cooperative-navigation-3", str(tmp_path))
+
+
+def test_the_prey_is_not_one_of_the_agents(tmp_path):
+    path = tmp_path / "a"
+    omar(path)
+    np.save(path / "obs_3.npy", np.zeros((100, 10)))
+    vec = types.SimpleNamespace(num_agents=3, obs_dim=12, action_dim=2, max_episode_steps=25)
+    for task in ("simple-tag", "simple-world"):
+        assert datasets._read_omar(path, task, vec)["observations"].shape == (100, 36)
+    with pytest.raises(InputError, match="for agents 0, 1, 2, 3; simple-spread has 3"):
+        datasets._read_omar(path, "simple-spread", vec)
+
+
+@pytest.mark.parametrize(
+    "n, done, terminations, truncations",
+    [
+        (100, 49, [], [24, 49, 74, 99]),  # at the time limit: that is what it means
+        (100, 30, [30], [99]),  # episodes of other lengths
+        (90, None, [], [89]),  # not whole episodes: unknown where they end
+    ],
+)
+def test_ends_of_omars_episodes(tmp_path, n, done, terminations, truncations):
+    path = omar(tmp_path / "a", n)
+    if done is not None:  # of one agent is enough
+        np.save(f"{path}/dones_1.npy", (np.arange(n) == done).astype(np.float64)[:, None])
+    team = load("cooperative-navigation-3", path)
+    assert np.flatnonzero(team.terminations).tolist() == terminations
+    assert np.flatnonzero(team.truncations).tolist() == truncations
+
+
+def test_local_observations_out_of_full_states(tmp_path):
+    """D4RL's files and OMAR's states hold the full state of halfcheetah-local."""
+    data = raw(ends={})
+    team = load("halfcheetah-local", write(tmp_path / "a.hdf5", data))
+    seen = make_vec("halfcheetah-local", 1, 0).seen
+    assert team.obs.shape == (60, 2, 11)
+    np.testing.assert_array_equal(team.obs, data["observations"][:, seen])
+    np.testing.assert_array_equal(team.next_obs, data["next_observations"][:, seen])
+    laid_out = {**data, "observations": data["observations"][:, seen].reshape(60, 22)}
+    laid_out["next_observations"] = data["next_observations"][:, seen].reshape(60, 22)
+    assert same(team, load("halfcheetah-local", write(tmp_path / "b.hdf5", laid_out)))
+    states = np.append(data["observations"], data["next_observations"][-1:], axis=0)
+    path = omar(tmp_path / "c", 60, 2, obs_dim=6, act_dim=3, states=states)
+    theirs = load("halfcheetah-local", path)
+    np.testing.assert_array_equal(theirs.obs, team.obs)
+    np.testing.assert_array_equal(theirs.next_obs, team.next_obs)
+    for i in range(2):
+        (tmp_path / "c" / f"states_{i}.npy").unlink()
+    with pytest.raises(InputError, match=r"obs_0.npy has shape \(60, 6\), expected \(60, 11\)"):
+        load("halfcheetah-local", path)
+    shared = {**data, "observations": data["observations"][:, :11]}
+    with pytest.raises(InputError, match="width 11, expected 17 or 22 for halfcheetah-local"):
+        load("halfcheetah-local", write(tmp_path / "d.hdf5", shared))
+
+
+def replace_by(name, array):
+    return lambda folder: np.save(folder / name, array)
+
+
+def remove(*names):
+    return lambda folder: [(folder / name).unlink() for name in names]
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (remove("acs_1.npy"), "no such file: .*acs_1.npy"),
+        (remove(*(f"obs_{i}.npy" for i in range(3))), "no such file: .*obs_0.npy"),
+        (remove("obs_1.npy"), "for agents 0, 2; cooperative-navigation-3 has 3"),
+        (replace_by("obs_3.npy", np.zeros((100, 12))), "for agents 0, 1, 2, 3; .* has 3"),
+        (replace_by("obs_2.npy", np.zeros((100, 11))), r"obs_2.npy has shape \(100, 11\), expec"),
+        (replace_by("acs_0.npy", np.zeros((100, 5))), r"shape \(100, 5\), expected \(100, 2\)"),
+        (replace_by("rews_1.npy", np.zeros(99)), r"rews_1.npy has shape \(99,\), expected"),
+        (replace_by("dones_2.npy", np.full(100, 0.5)), "dones have values other than 0 and 1"),
+        (replace_by("acs_0.npy", np.full((100, 2), 0.2)), "leave the box .* by up to 0.1"),
+        (replace_by("obs_0.npy", np.full((100, 12), np.nan)), "observations has a non-finite"),
+        (replace_by("rews_0.npy", np.full(100, "x")), "rews_0.npy is not an array of numbers"),
+        (replace_by("rews_0.npy", np.float64(1)), "rews_0.npy is not an array of numbers"),
+        (replace_by("rews_0.npy", np.array([None] * 100)), "rews_0.npy is no readable array"),
+        (
+            lambda folder: (folder / "obs_1.npy").write_bytes(b"PK\3\4"),
+            "obs_1.npy is no readable arr",
+        ),
+        (lambda folder: (folder / "obs_1.npy").write_bytes(b""), "obs_1.npy is no readable array"),
+    ],
+)
+def test_bad_omar_folders(tmp_path, spoil, message):
+    path = omar(tmp_path / "a")
+    spoil(tmp_path / "a")
+    with pytest.raises(InputError, match=message) as caught:
+        load("cooperative-navigation-3", path)
+    assert path in str(caught.value) and "\n" not in str(caught.value)
+
+
 # --- Sizes ---
 
 
@@ -277,8 +413,6 @@ def test_truncated_and_foreign_files(tmp_path):
         path.write_bytes(damaged)
         with pytest.raises(InputError, match="no readable HDF5 file"):
             load("halfcheetah", str(path))
-    with pytest.raises(InputError, match="no such file"):
-        load("halfcheetah", str(tmp_path))  # a folder
     write(path, raw())
     with pytest.raises(InputError, match="--dataset-size 61: .* has only 60 transitions"):
         load("halfcheetah", str(path), size=61)

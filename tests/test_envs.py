@@ -13,7 +13,7 @@ from pettingzoo import ParallelEnv
 from pettingzoo.test import parallel_api_test
 
 from common import InputError
-from common.envs import TASKS, make_vec, normalized_score, parallel_env
+from common.envs import OMAR_RETURNS, TASKS, make_vec, normalized_score, parallel_env
 
 REPOSITORY = Path(__file__).parent.parent
 PLAIN = {
@@ -73,7 +73,7 @@ def test_trajectories_equal_gymnasium(task, scale, ends):
     vec.close()
 
 
-@pytest.mark.parametrize("task", PLAIN)
+@pytest.mark.parametrize("task", [*PLAIN, "halfcheetah-local"])
 def test_parallel_api(task, recwarn):
     parallel_api_test(parallel_env(task), num_cycles=1100)
     assert not [w for w in recwarn if "gent" in str(w.message)]
@@ -131,6 +131,40 @@ def test_agents_have_the_joints_of_mamujoco(task, scenario, kwargs):
     assert ours == theirs
 
 
+def test_local_observations_are_mamujocos():
+    mamujoco = pytest.importorskip(
+        "gymnasium_robotics", reason="gymnasium-robotics (requirements-dev.txt) is not installed"
+    ).mamujoco_v1
+    theirs = mamujoco.parallel_env("HalfCheetah", "2x3", agent_obsk=0)
+    ours, vec = parallel_env("halfcheetah-local"), make_vec("halfcheetah-local", 1, 3)
+    seed = int(np.random.SeedSequence(3).generate_state(1)[0])
+    expected, (found, _) = theirs.reset(seed=seed)[0], ours.reset(seed=seed)
+    obs = vec.reset()
+    generator = np.random.default_rng(0)
+    assert obs.shape == (1, 2, 11) and theirs.possible_agents == ours.possible_agents
+    for _ in range(50):
+        for i, agent in enumerate(ours.possible_agents):
+            assert (found[agent] == expected[agent]).all()
+            assert ours.observation_space(agent).contains(found[agent])
+            assert (obs[0, i] == expected[agent].astype(np.float32)).all()
+        joint = generator.uniform(-1, 1, (2, 3)).astype(np.float32)
+        actions = dict(zip(ours.possible_agents, joint, strict=True))
+        expected, their_rewards, *_ = theirs.step(actions)
+        found, our_rewards, *_ = ours.step(actions)
+        obs, rewards, *_ = vec.step(joint[None])
+        assert our_rewards == pytest.approx(their_rewards, abs=1e-6)
+        assert rewards[0] == np.float32(our_rewards["agent_0"])
+    assert ours.state().shape == (17,)
+    # the state is set and seen through the same agents' eyes
+    state = vec.qpos_qvel()
+    again = make_vec("halfcheetah-local", 1, 9)
+    again.reset()
+    assert (again.set_state(0, *(values[0] for values in state)) == obs[0]).all()
+    # other splits: every joint is somebody's, the root everybody's
+    seen = make_vec("halfcheetah-local", 1, 0, "6x1").seen
+    assert seen.shape == (6, 7) and seen[:, 0].tolist() == [2, 3, 4, 5, 6, 7]
+
+
 def test_usual_splits():
     vecs = {task: make_vec(task, 1, 0) for task in PLAIN}
     shapes = {task: (v.num_agents, v.action_dim, v.obs_dim) for task, v in vecs.items()}
@@ -182,7 +216,7 @@ def test_seeds():
 
 def test_mujoco_prints_and_writes_nothing(tmp_path):
     code = (
-        "from common.envs import TASKS, make_vec, parallel_env\n"
+        "from common.envs import OMAR_RETURNS, TASKS, make_vec, parallel_env\n"
         "for task in TASKS:\n"
         "    make_vec(task, 1, 0).reset()\n"
         "    parallel_env(task).reset()\n"
@@ -388,3 +422,16 @@ def test_normalized_score():
     )
     with pytest.raises(InputError):
         normalized_score("hoper", 1.0)
+
+
+def test_scores_on_omars_data():
+    assert np.isnan(normalized_score("halfcheetah-local", 1.0))
+    scores = normalized_score("halfcheetah-local", [-283.97, 3568.81], omar_data=True)
+    assert scores == pytest.approx([0, 100])
+    pairs = {task: pair for task, pair in OMAR_RETURNS.items() if task != "halfcheetah-local"}
+    assert pairs == {
+        "simple-spread": (159.8, 516.8),
+        "simple-tag": (-4.1, 185.6),
+        "simple-world": (-6.8, 79.5),
+    }
+    assert normalized_score("hopper", 3234.3, omar_data=True) == pytest.approx(100)  # has none

@@ -775,3 +775,17 @@ def test_a_run_of_one_script_is_refused_by_every_other(tmp_path, monkeypatch, da
         fails(f"is a run of {script}, not {other}", other, *common, *tiny(other), *start)
         fails(f"{folder}: not a run of this script", other, "--resume", folder)
     assert before == {f: f.read_bytes() for f in folder.iterdir()}
+
+
+def test_a_run_on_omars_data_has_its_scores(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    module = importlib.import_module("otc_td3bc")
+    (tmp_path / "obs_0.npy").touch()
+    for dataset, scores in [(str(tmp_path), [0, 100]), ("built-in", [np.nan, np.nan])]:
+        args = module.Args(env="halfcheetah-local", dataset=dataset, run_dir=str(tmp_path))
+        run = runs.Run(args, "otc_td3bc")
+        for k, episode_return in enumerate([-283.97, 3568.81]):
+            run.record_return(k, 0, [[episode_return]], torch.ones(1, 2))
+        run.close()
+        found = [row["normalized_score"] for row in run.rows[0]]
+        assert found == pytest.approx(scores, nan_ok=True)

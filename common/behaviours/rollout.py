@@ -27,7 +27,8 @@ import numpy as np
 from tqdm import tqdm
 
 from common import InputError, nearest
-from common.behaviours import uniform
+from common.behaviours import uniform, waypoints
+from common.datasets import data_name
 from common.envs import TASKS
 from common.envs.mujoco import make_single
 
@@ -239,10 +240,18 @@ def work() -> None:
 
 def _write(file: h5py.File, task: str, quality: str, size: int, num_workers: int) -> None:
     every = 0.3 if sys.stderr.isatty() else 10
-    bar = tqdm(total=size, desc=f"making {task}-{quality}", unit_scale=True, mininterval=every)
+    name = data_name(task, quality)
+    bar = tqdm(total=size, desc=f"making {name}", unit_scale=True, mininterval=every)
     if TASKS[task].family == "particle":
         with bar:
             uniform.write(file, task, size, bar)
+        return
+    if TASKS[task].family == "maze":
+        num_workers = min(num_workers, -(-size // waypoints.PIECE_ROWS))
+        with bar, Workers(num_workers) as workers:
+            waypoints.write(file, task, size, bar, workers)
+        for module in (mujoco, np):
+            file[f"metadata/versions/{module.__name__}"] = module.__version__
         return
     parts = plan(task, quality, size)
     shapes = columns(task)
@@ -281,23 +290,22 @@ def make(
 ) -> None:
     """Write `size` transitions of task's built-in data to `path`, behind a progress bar.
 
-    `quality` is random, medium or medium-replay; of the particle tasks random only. The file
-    depends on task, quality and size, not on `num_workers` (default: one per core). The last row of
-    each policy has timeouts=True even where the episode is unfinished: an episode of the file is
-    whole if its last row is terminal or reaches the time limit. If another process is making
-    `path`, waits for that instead.
+    `quality` is random, medium or medium-replay; of the particle tasks random only, of the mazes
+    none (""). The file depends on task, quality and size, not on `num_workers` (default: one per
+    core). The last row of each policy has timeouts=True even where the episode is unfinished: an
+    episode of the file is whole if its last row is terminal or reaches the time limit. If another
+    process is making `path`, waits for that instead.
     Raises InputError for unknown names, a size below 1 and a place that cannot be written to.
     """
-    if quality not in QUALITIES:
-        raise InputError(
-            f"unknown built-in data quality {quality!r}: {nearest(quality, QUALITIES)}"
-        )
+    family = TASKS[task].family if task in TASKS else "mujoco"
+    expected = {"particle": ("random",), "maze": ("",)}.get(family, QUALITIES)
+    if quality not in expected:
+        hint = nearest(quality, expected) if expected[0] else "expected none"
+        raise InputError(f"unknown built-in data quality {quality!r} of {task}: {hint}")
     if size < 1:
         raise InputError(f"built-in data of {size} transitions: expected at least 1")
-    if task not in TASKS or TASKS[task].family != "particle":
+    if family == "mujoco":
         load_policies(task)
-    elif quality != "random":
-        raise InputError(f"unknown built-in data quality {quality!r} of {task}: expected random")
     path = Path(path)
     partial = Path(f"{path}.partial")
     try:

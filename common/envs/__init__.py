@@ -31,6 +31,8 @@ class Task:
     """reference return of an expert (score 100)"""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """further arguments of `gymnasium.make`, or of the task's class"""
+    local: bool = False
+    """each agent observes its own joints instead of the full state"""
 
 
 # Returns of uniform actions and of scripted play, measured by benchmarks/particle.py
@@ -61,6 +63,11 @@ TASKS = {
         3879.7,
         {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0},
     ),
+    "halfcheetah-local": Task("mujoco", "HalfCheetah-v5", "2x3", local=True),
+    # D4RL's goals and horizons; its reference returns (docs/environments.md)
+    "maze2d-umaze": Task("maze", "U_MAZE", "", 23.85, 161.86, {"goal": (1, 1), "limit": 300}),
+    "maze2d-medium": Task("maze", "MEDIUM_MAZE", "", 13.13, 277.39, {"goal": (6, 6), "limit": 600}),
+    "maze2d-large": Task("maze", "LARGE_MAZE", "", 6.7, 273.99, {"goal": (7, 9), "limit": 800}),
     "predator-prey": Task("particle", "predator-prey", "", 0.07, 26.8),
     # Ten per episode whose landmark was reached, so that the score is a percentage
     "navigation": Task("particle", "navigation", "", 0.0, 10.0),
@@ -74,6 +81,15 @@ TASKS = {
         )
         for n, references in COOPERATIVE_NAVIGATION.items()
     },
+}
+
+# OMAR's (random, expert) returns, as MADiff's appendix G.1 and, for HalfCheetah, other users of its
+# data give them: scores of runs on that data
+OMAR_RETURNS = {
+    "simple-spread": (159.8, 516.8),
+    "simple-tag": (-4.1, 185.6),
+    "simple-world": (-6.8, 79.5),
+    "halfcheetah-local": (-283.97, 3568.81),
 }
 
 # Of agents 0, 1, ... in every picture (Matplotlib's ten)
@@ -200,14 +216,19 @@ def parallel_env(task: str, split: str | None = None, render_mode: str | None = 
     return _family(task).parallel_env(task, split, render_mode)
 
 
-def normalized_score(task: str, returns: np.ndarray | float) -> np.ndarray:
-    """Score of `returns` (any shape): random 0, expert 100; nan where the task has neither."""
+def normalized_score(task: str, returns: np.ndarray | float, omar_data: bool = False) -> np.ndarray:
+    """Score of `returns` (any shape): random 0, expert 100; nan where the task has neither.
+
+    With `omar_data`, of a run on OMAR's released data: by `OMAR_RETURNS`, where the task is there.
+    """
     _family(task)
     row = TASKS.get(task)
-    if row is None or row.random_return is None or row.expert_return is None:
+    low, high = (row.random_return, row.expert_return) if row else (None, None)
+    if omar_data and task in OMAR_RETURNS:
+        low, high = OMAR_RETURNS[task]
+    if low is None or high is None:
         return np.full(np.shape(returns), np.nan)
-    scale = row.expert_return - row.random_return
-    return 100 * (np.asarray(returns, dtype=np.float64) - row.random_return) / scale
+    return 100 * (np.asarray(returns, dtype=np.float64) - low) / (high - low)
 
 
 def _family(task: str) -> ModuleType:

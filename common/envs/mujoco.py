@@ -1,4 +1,5 @@
-"""Multi-agent MuJoCo: Gymnasium's tasks, the joints divided among agents that see the full state.
+"""Multi-agent MuJoCo: Gymnasium's tasks, the joints divided among agents that see the full state,
+or, in a task whose name ends in -local, only their own joints and the root.
 
 An agent's action is a contiguous slice of the single agent's, in actuator order. The tasks are
 those of Peng et al., 2021 (https://arxiv.org/abs/2003.06709); gymnasium-robotics' MaMuJoCo gives
@@ -45,6 +46,21 @@ def parse_split(task: str, split: str | None, num_joints: int) -> tuple[int, int
     return int(num_agents), int(joints)
 
 
+def observed(num_agents: int, num_joints: int, obs_dim: int) -> np.ndarray:
+    """What each agent of a local task sees of the full state: indices (N, local_dim).
+
+    As in MaMuJoCo with obsk 0: position and velocity of each of its joints, from the last to the
+    first, then the root's positions and velocities. The state is (root and joint positions, root
+    and joint velocities), the root's x left out of the positions.
+    """
+    num_positions = (obs_dim - 1) // 2
+    root = num_positions - num_joints  # positions that are not joints'
+    positions = np.split(np.arange(root, num_positions)[::-1], num_agents)[::-1]
+    own = [np.stack([q, q + num_positions + 1], axis=1).ravel() for q in positions]
+    globals_ = np.concatenate([np.arange(root), num_positions + np.arange(root + 1)])
+    return np.stack([np.append(indices, globals_) for indices in own])
+
+
 def colour_agents(model: mujoco.MjModel, num_agents: int) -> None:
     """Give the limbs that each agent's joints move the agent's colour."""
     for joints, colour in zip(
@@ -63,16 +79,25 @@ class MujocoTeam:
         self.env = make_single(task).unwrapped
         space = self.env.action_space
         self.num_agents, joints = parse_split(task, split, space.shape[0])
-        self.obs_dim = self.env.observation_space.shape[0]
+        self.obs_dim = self.state_dim = self.env.observation_space.shape[0]
+        self.seen = None  # of the full state: all of it
+        if TASKS[task].local:
+            self.seen = observed(self.num_agents, space.shape[0], self.state_dim)
+            self.obs_dim = self.seen.shape[1]
         self.action_low = space.low.reshape(self.num_agents, joints)
         self.action_high = space.high.reshape(self.num_agents, joints)
         self.max_episode_steps = gym.spec(TASKS[task].env_id).max_episode_steps
 
+    def view(self, state: np.ndarray) -> np.ndarray:
+        """The agents' observations of a full state."""
+        return state if self.seen is None else state[self.seen]
+
     def reset(self, seed: int | None) -> np.ndarray:
-        return self.env.reset(seed=seed)[0]
+        return self.view(self.env.reset(seed=seed)[0])
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
-        return self.env.step(actions.ravel())[:4]
+        state, reward, terminated, truncated, _ = self.env.step(actions.ravel())
+        return self.view(state), reward, terminated, truncated
 
     def close(self) -> None:
         self.env.close()
@@ -80,6 +105,16 @@ class MujocoTeam:
 
 class MujocoVecEnv(VecEnv):
     """Teams of a MuJoCo task, with the simulator's state."""
+
+    @property
+    def seen(self) -> np.ndarray | None:
+        """Indices (N, obs_dim) into the full state of what the agents see; None: all of it."""
+        return self.teams[0].seen
+
+    @property
+    def state_dim(self) -> int:
+        """Size of the full state."""
+        return self.teams[0].state_dim
 
     def qpos_qvel(self) -> tuple[np.ndarray, np.ndarray]:
         """Positions (E, nq) and velocities (E, nv) now, float64: D4RL's infos/qpos and infos/qvel.
@@ -94,7 +129,8 @@ class MujocoVecEnv(VecEnv):
         env = self.teams[e].env
         env.set_state(np.asarray(qpos, np.float64), np.asarray(qvel, np.float64))
         self.elapsed[e] = 0
-        return np.repeat(env._get_obs()[None].astype(np.float32), self.num_agents, axis=0)
+        obs = self.teams[e].view(env._get_obs()).astype(np.float32)
+        return np.broadcast_to(obs, (self.num_agents, self.obs_dim)).copy()
 
 
 def make_vec(task: str, num_envs: int, seed: int, split: str | None = None) -> MujocoVecEnv:
@@ -103,7 +139,8 @@ def make_vec(task: str, num_envs: int, seed: int, split: str | None = None) -> M
 
 
 class MujocoParallelEnv(ParallelEnv):
-    """A MuJoCo task for PettingZoo; every agent gets Gymnasium's observation and reward."""
+    """A MuJoCo task for PettingZoo; every agent gets Gymnasium's reward, and its observation or, in
+    a local task, what the agent sees of it."""
 
     def __init__(self, task: str, split: str | None = None, render_mode: str | None = None):
         self.env = make_single(task, render_mode)
@@ -115,7 +152,11 @@ class MujocoParallelEnv(ParallelEnv):
         self.metadata = {**self.env.metadata, "name": f"{task}_{num_agents}x{joints}"}
         self.possible_agents = [f"agent_{i}" for i in range(num_agents)]
         self.agents = []
-        self.observation_spaces = dict.fromkeys(self.possible_agents, self.env.observation_space)
+        view, self.seen = self.env.observation_space, None
+        if TASKS[task].local:
+            self.seen = observed(num_agents, space.shape[0], view.shape[0])
+            view = Box(-np.inf, np.inf, self.seen.shape[1:], view.dtype)
+        self.observation_spaces = dict.fromkeys(self.possible_agents, view)
         low, high = np.split(space.low, num_agents), np.split(space.high, num_agents)
         self.action_spaces = {
             agent: Box(low[i], high[i], dtype=space.dtype)
@@ -131,22 +172,28 @@ class MujocoParallelEnv(ParallelEnv):
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         self.agents = self.possible_agents[:]
         obs, info = self.env.reset(seed=seed, options=options)
-        return self._each(obs), self._each(info)
+        return self._observe(obs), self._each(info)
 
     def step(self, actions: dict[str, np.ndarray]) -> tuple[dict, dict, dict, dict, dict]:
         joint = np.concatenate([actions[agent] for agent in self.possible_agents])
         obs, reward, terminated, truncated, info = self.env.step(joint)
-        results = tuple(map(self._each, (obs, float(reward), terminated, truncated, info)))
+        others = map(self._each, (float(reward), terminated, truncated, info))
+        results = self._observe(obs), *others
         if terminated or truncated:
             self.agents = []
         return results
+
+    def _observe(self, state: np.ndarray) -> dict[str, np.ndarray]:
+        if self.seen is None:
+            return self._each(state)
+        return {agent: state[self.seen[i]] for i, agent in enumerate(self.agents)}
 
     def _each(self, value) -> dict:
         """Every agent its own copy, so that none can change what the others see."""
         return {a: value.copy() if hasattr(value, "copy") else value for a in self.agents}
 
     def state(self) -> np.ndarray:
-        """The full state (obs_dim,): what every agent observes."""
+        """The full state, (obs_dim,) where every agent observes it."""
         return self.env.unwrapped._get_obs()
 
     def render(self) -> np.ndarray | None:
