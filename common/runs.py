@@ -50,8 +50,9 @@ def parse(args_type: type, argv: list[str] | None = None, description: str | Non
         stored = read_args(args.resume)
         try:
             stored = dataclasses.replace(args_type(**stored), resume=args.resume)
-        except TypeError as error:
-            raise InputError(f"{args.resume}: not a run of this script ({error})") from None
+        except TypeError:
+            script = read_record(args.resume).get("script", "another script")
+            raise InputError(f"{args.resume} is a run of {script}, not of this script") from None
         asked = tyro.cli(args_type, args=argv, default=stored)
         for field in dataclasses.fields(args_type):
             was, now = getattr(stored, field.name), getattr(asked, field.name)
@@ -183,17 +184,24 @@ def write_beside(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def read_args(folder: str) -> dict:
-    """The arguments of the run in `folder`.
+def read_record(folder: str) -> dict:
+    """What args.json of the run in `folder` holds: args, script, seed and the folders of its seeds.
 
     Raises:
         InputError: no run, or not a readable one.
     """
     path = Path(folder) / "args.json"
     try:
-        return json.loads(path.read_text())["args"]
+        record = json.loads(path.read_text())
+        record["args"]["seed"]
+        return record
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{folder} is not a run folder: {path} is missing or unreadable") from None
+
+
+def read_args(folder: str) -> dict:
+    """The arguments of the run in `folder`; raises as `read_record`."""
+    return read_record(folder)["args"]
 
 
 def read_checkpoint(folder: str, name: str, script: str) -> dict:
@@ -202,8 +210,7 @@ def read_checkpoint(folder: str, name: str, script: str) -> dict:
     Raises:
         InputError: missing, unreadable, foreign, or of another script than `script`.
     """
-    read_args(folder)
-    siblings = json.loads((Path(folder) / "args.json").read_text()).get("folders", [])
+    siblings = read_record(folder).get("folders", [])
     first = Path(folder).resolve().parent / siblings[0] if siblings else Path(folder)
     path = first / name
     if not path.exists():
@@ -299,8 +306,7 @@ class Run:
         self.stop_signal = None
         if checkpoint is not None:
             folder = Path(args.resume).resolve()
-            names = json.loads((folder / "args.json").read_text())["folders"]
-            self.folders = [folder.parent / name for name in names]
+            self.folders = [folder.parent / name for name in read_record(folder)["folders"]]
             self.rows = checkpoint["rows"]
         else:
             self.folders = self._make_folders()

@@ -12,7 +12,7 @@ import otc_bremen
 from common import runs
 from common.datasets import TeamDataset
 from common.replay import Replay
-from otc_bremen import BREMEN, Args, TransitionSampler, conjugate_gradient, trust_region_step
+from otc_bremen import BREMEN, Args, conjugate_gradient, trust_region_step
 from tests.helpers import (
     ACTION_DIM,
     OBS_DIM,
@@ -471,62 +471,6 @@ def test_the_policys_noise_starts_as_asked_within_its_range(std, first):
     assert losses["losses/policy_std"].item() == pytest.approx(first, rel=1e-2)
 
 
-def test_a_group_trains_in_the_stack_as_it_does_alone(monkeypatch):
-    """Same start, data, noise and members: group 2 of three, and the same learner by itself."""
-    args = Args(**SMALL)
-    batches = [random_batch(3, seed=i) for i in range(12)]
-
-    def shared_noise(x):  # every group gets the same
-        return torch.from_numpy(noise.normal(size=x.shape[1:]).astype(np.float32)).expand(x.shape)
-
-    def shared_integers(high, shape, device=None):
-        return torch.from_numpy(noise.integers(high, size=shape[1:] or 1)).expand(shape)
-
-    monkeypatch.setattr(torch, "randn_like", shared_noise)
-    monkeypatch.setattr(torch, "randint", shared_integers)
-    torch.manual_seed(0)
-    replay = Replay(random_team(num_agents=3), 1, 1, 40)
-    stack, alone = (BREMEN(G, OBS_DIM, ACTION_DIM, args) for G in (3, 1))
-    with torch.no_grad():
-        for one, many in zip(alone.parameters(), stack.parameters(), strict=True):
-            one.copy_(many[2 * len(one) :])
-    steps = []
-    for agent, groups in ((stack, slice(None)), (alone, slice(2, 3))):
-        agent.measure_scales(replay)
-        noise = np.random.default_rng(0)
-        for i, batch in enumerate(batches):
-            batch = {k: v[groups] for k, v in batch.items()}
-            agent.update(batch, "clone" if i < 6 else "fit")
-            if i >= 9:
-                losses = agent.improve(batch["obs"][:, :10])
-        steps.append(losses["losses/step_size"][-1].item())
-    assert steps[0] == steps[1] > 0
-    for one, many in zip(alone.parameters(), stack.parameters(), strict=True):
-        torch.testing.assert_close(one, many[2 * len(one) :], rtol=1e-3, atol=1e-4)
-
-
-def test_other_agents_actions_do_not_matter_bit_for_bit():
-    trained = []
-    for spoil in (False, True):
-        team = random_team(num_agents=3)
-        if spoil:
-            team.actions[:, [0, 2]] = np.random.default_rng(9).uniform(-1, 1, (len(team), 2, 2))
-        torch.manual_seed(0)
-        replay = Replay(team, 1, 0, 1)
-        agent = BREMEN(3, OBS_DIM, ACTION_DIM, Args(**SMALL))
-        agent.measure_scales(replay)
-        for i in range(12):
-            agent.update(replay.gather(replay.draw_offline(16)), "clone" if i < 6 else "fit")
-            if i % 4 == 3:
-                agent.improve(replay.gather(replay.draw_offline(10))["obs"])
-        trained.append(agent)
-    for one, other in zip(*(agent.parameters() for agent in trained), strict=True):
-        each = len(one) // 3
-        assert torch.equal(one[each : 2 * each], other[each : 2 * each])
-    for part in ("model", "actor", "vf"):
-        assert changed(getattr(trained[0], part), getattr(trained[1], part))
-
-
 # --- Whole problems with known answers ---
 
 
@@ -739,40 +683,3 @@ def test_kinds_of_updates_follow_the_flags(tmp_path, monkeypatch):
     offline = "clone clone clone clone fit fit improve fit fit improve".split()
     assert kinds == offline + "fit fit improve fit fit improve fit".split()
     assert starts == [(n, (2, 6, 2)) for n in (7, 10, 13, 16)]
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("distance", ["embedding", "value"])
-def test_graph_equals_eager_on_a_gpu(distance):
-    """Every kind of update, captured, and eager without waiting for the host."""
-    trained = []
-    kinds = ["clone"] * 6 + ["fit", "improve"] * 6
-    for graphed in (False, True):
-        device = torch.device("cuda")
-        torch.manual_seed(0)
-        args = Args(distance=distance, candidates=64, references=30, **SMALL)
-        replay = Replay(random_team(), 2, 1, 40, device)
-        with device:
-            agent = BREMEN(4, OBS_DIM, ACTION_DIM, args)
-            agent.measure_scales(replay)
-            transitions = TransitionSampler(replay, args)
-        add_deployment(replay)
-        transitions.start_deployment(agent, 1)
-
-        def update(kind, agent=agent, transitions=transitions, replay=replay):
-            index = transitions.draw(agent)
-            losses = agent.update(replay.gather(index), kind)
-            if kind == "improve":
-                losses |= agent.improve(replay.gather(replay.draw_merged(10))["obs"])
-            return losses | transitions.diagnostics(index)
-
-        call = runs.Graphed(update, graphed, kinds.__getitem__)
-        torch.manual_seed(1)
-        torch.cuda.set_sync_debug_mode("error" if not graphed else "default")
-        for number in range(len(kinds)):
-            call(number)
-        torch.cuda.set_sync_debug_mode("default")
-        trained.append([p.detach().cpu() for p in agent.parameters()])
-    for eager, graph in zip(*trained, strict=True):
-        torch.testing.assert_close(eager, graph, rtol=1e-3, atol=1e-4)

@@ -773,7 +773,7 @@ def test_a_run_of_one_script_is_refused_by_every_other(tmp_path, monkeypatch, da
     for other in set(SCRIPTS) - {script}:
         start = ["--run-dir", tmp_path / "b", "--offline-checkpoint", folder]
         fails(f"is a run of {script}, not {other}", other, *common, *tiny(other), *start)
-        fails(f"{folder}: not a run of this script", other, "--resume", folder)
+        fails(f"{folder} is a run of {script}, not", other, "--resume", folder)
     assert before == {f: f.read_bytes() for f in folder.iterdir()}
 
 
