@@ -38,7 +38,7 @@ class Args:
     """task and data quality; or package.module:factory of a PettingZoo ParallelEnv, together with
     --dataset FILE"""
     dataset: str = "built-in"
-    """built-in, d4rl, minari, a D4RL-layout HDF5 file, or a Minari id"""
+    """built-in, d4rl, minari, a D4RL-layout HDF5 file, OMAR's folder, or a Minari id"""
     dataset_size: int | None = None
     """fewer offline transitions, for a quick look; default: the data's own size"""
     split: str | None = None
@@ -91,9 +91,6 @@ class Args:
     """draw ranks with replacement"""
     exclude_self_matches: bool = False
     """never match a candidate with itself"""
-    one_mean: bool = False
-    """value distance: divide V(s') and V(s'*) both by the mean over B, not each by that of its own
-    minibatch as in the paper; see docs/otc.md"""
     distance_candidates: int = 25_600
     """transitions of all data whose mean distance to the latest deployment's data enters equation
     (4); where the data has no more, all of it"""
@@ -509,9 +506,10 @@ class TransitionSampler(nn.Module):
             # distance is the result.
             return sampler.match_by_embedding(b, d, exclude)[1]
         match = sampler.match_by_value(b[..., 0], d[..., 0], exclude)
+        # E[V(s'*)] is over the matches, not over all of D: otherwise low values rank first wherever
+        # the two means differ; see docs/otc.md.
         v_next = sampler.relative_to_mean(b[..., 1])
-        mean_of = b[..., 1] if self.args.one_mean else d[..., 1]
-        v_next_star = sampler.relative_to_mean(d[..., 1], mean_of).gather(1, match)
+        v_next_star = sampler.relative_to_mean(d[..., 1].gather(1, match))
         return (v_next - v_next_star).abs()
 
     def draw_balanced(self, batch_size: int = 256, temperature: float = 5.0) -> torch.Tensor:

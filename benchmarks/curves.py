@@ -33,7 +33,6 @@ def name_of(args: dict) -> str:
         return args["sampling"]
     extras = [] if args["adaptive_alpha"] else [f"alpha {args['alpha']:g}"]
     extras += [f"alpha-max {args['alpha_max']:g}"] if args["alpha_max"] is not None else []
-    extras += ["one mean"] if args.get("one_mean") else []
     extras += ["no self-matches"] if args["exclude_self_matches"] else []
     extras += [] if args["replacement"] else ["no replacement"]
     return " ".join([f"otc ({args['distance']})", *extras])

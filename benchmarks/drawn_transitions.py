@@ -4,7 +4,8 @@ r"""What OTC draws: V, rewards and ends of the drawn transitions against those o
         --csv docs/results/drawn_transitions.csv
 
 Draws from the data of a run's last checkpoint as OTC (value) would, whatever the run's own
---sampling was: by the paper's distance, and with --one-mean.
+--sampling was, with V(s'*) divided by its mean over the matches (as the scripts do), by the mean
+over all of D, or by that of V(s') over B.
 """
 
 import importlib
@@ -74,8 +75,11 @@ def look(folder: str, args: Args) -> list[dict]:
         relative = sampler.relative_to_mean(v_b) - sampler.relative_to_mean(v_d).gather(1, match)
         distances = {
             "uniform": None,
-            "otc (value)": relative.abs(),
-            "otc (value) one mean": (v_b - star).abs(),
+            "mean over D": relative.abs(),
+            "mean over the matches": (
+                sampler.relative_to_mean(v_b) - sampler.relative_to_mean(star)
+            ).abs(),
+            "one mean": (v_b - star).abs(),
         }
         seen = {
             "v_next": v_b,

@@ -92,15 +92,13 @@ def find_self_matches(candidates: torch.Tensor, references: torch.Tensor) -> tor
     return torch.where(indices.gather(1, position) == candidates, order.gather(1, position), -1)
 
 
-def relative_to_mean(
-    values: torch.Tensor, mean_of: torch.Tensor | None = None, floor: float = 1e-3
-) -> torch.Tensor:
+def relative_to_mean(values: torch.Tensor, floor: float = 1e-3) -> torch.Tensor:
     """V / E[V] per group, as the next-state distance of d_q needs it: values (G, B) -> (G, B).
 
-    E[V] is the mean of `mean_of` (G, any), by default of the values themselves. Its magnitude is
-    kept from falling under `floor`, with its sign, so that values around zero do not blow up.
+    The mean's magnitude is kept from falling under `floor`, with its sign, so that values around
+    zero do not blow up.
     """
-    mean = (values if mean_of is None else mean_of).mean(dim=1, keepdim=True)
+    mean = values.mean(dim=1, keepdim=True)
     return values / torch.copysign(mean.abs().clamp(min=floor), mean)
 
 
