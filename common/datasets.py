@@ -29,11 +29,18 @@ from tqdm import tqdm
 from common import InputError, nearest
 from common.envs import TASKS, make_vec
 
-# Rows of the built-in data: as many as D4RL v2 has, and for the particle tasks as the OTC paper has
+# Rows of the built-in data: as many as D4RL v2 has; of the particle tasks as the OTC paper has, of
+# simple-spread, -tag and -world as OMAR has, of whose medium-replay no size is known
 BUILT_IN_SIZES = {
     task: {"random": 1_000_000, "medium": 1_000_000, "medium-replay": replay}
     for task, replay in {"halfcheetah": 202_000, "walker2d": 302_000, "hopper": 402_000}.items()
-} | {task: {"random": 1_000_000} for task, row in TASKS.items() if row.family == "particle"}
+}
+for task, row in TASKS.items():
+    if row.family == "particle":
+        BUILT_IN_SIZES[task] = {"random": 1_000_000}
+    elif row.family == "mpe":
+        sizes = {"random": 1_000_000, "medium-replay": 250_000, "medium": 1_000_000}
+        BUILT_IN_SIZES[task] = {**sizes, "expert": 1_000_000}
 QUALITIES = ("random", "medium", "medium-replay", "expert", "medium-expert", "full-replay")
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
@@ -111,12 +118,21 @@ def cache_dir() -> Path:
 
 
 def built_in_path(task: str, quality: str, size: int) -> Path:
-    """A built-in file's place in the cache; its name changes with the policies that made it, or
-    with the code of a task that needs none."""
+    """A built-in file's place in the cache; its name changes with what made it: the policies that
+    ship, and the code of the task where that is in this folder."""
     here = Path(__file__).parent
-    is_particle = TASKS[task].family == "particle"
-    maker = here / ("envs/particle.py" if is_particle else f"behaviours/{task}.npz")
-    return cache_dir() / f"{task}-{quality}-{size}-{zlib.crc32(maker.read_bytes()):08x}.hdf5"
+    makers = {
+        "mujoco": [f"behaviours/{task}.npz"],
+        "particle": ["envs/particle.py"],
+        "mpe": ["envs/particle.py", "envs/mpe.py", f"envs/{task}-prey.npz"],
+    }[TASKS[task].family]
+    if TASKS[task].family == "mpe" and quality != "random":
+        makers.append(f"behaviours/{task}.npz")
+    checksum = 0
+    for maker in makers:
+        if (here / maker).exists():  # only a chase has a prey
+            checksum = zlib.crc32((here / maker).read_bytes(), checksum)
+    return cache_dir() / f"{task}-{quality}-{size}-{checksum:08x}.hdf5"
 
 
 def load(

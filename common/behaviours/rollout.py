@@ -27,12 +27,14 @@ import numpy as np
 from tqdm import tqdm
 
 from common import InputError, nearest
-from common.behaviours import uniform
+from common.behaviours import teams, uniform
 from common.envs import TASKS
 from common.envs.mujoco import make_single
 
 POLICY_DIR = Path(__file__).parent
-QUALITIES = ("random", "medium", "medium-replay")
+QUALITIES = ("random", "medium", "medium-replay", "expert")
+TEAM_FAMILIES = ("mpe",)
+"""tasks whose data common/behaviours/teams.py makes"""
 CHUNK_ROWS = 10_000
 """A piece of work. A file depends on it, but not on how many processes share the pieces."""
 WEIGHTS = ("w0", "b0", "w1", "b1", "w_mean", "b_mean", "w_log_std", "b_log_std")
@@ -244,6 +246,10 @@ def _write(file: h5py.File, task: str, quality: str, size: int, num_workers: int
         with bar:
             uniform.write(file, task, size, bar)
         return
+    if TASKS[task].family in TEAM_FAMILIES:
+        with bar:
+            teams.write(file, task, quality, size, bar)
+        return
     parts = plan(task, quality, size)
     shapes = columns(task)
     for key, (shape, dtype) in shapes.items():
@@ -281,11 +287,11 @@ def make(
 ) -> None:
     """Write `size` transitions of task's built-in data to `path`, behind a progress bar.
 
-    `quality` is random, medium or medium-replay; of the particle tasks random only. The file
-    depends on task, quality and size, not on `num_workers` (default: one per core). The last row of
-    each policy has timeouts=True even where the episode is unfinished: an episode of the file is
-    whole if its last row is terminal or reaches the time limit. If another process is making
-    `path`, waits for that instead.
+    `quality` is random, medium, medium-replay or expert; of the particle tasks random only, and of
+    MuJoCo's all but expert. The file depends on task, quality and size, not on `num_workers`
+    (default: one per core). The last row of each policy has timeouts=True even where the episode is
+    unfinished: an episode of the file is whole if its last row is terminal or reaches the time
+    limit. If another process is making `path`, waits for that instead.
     Raises InputError for unknown names, a size below 1 and a place that cannot be written to.
     """
     if quality not in QUALITIES:
@@ -294,10 +300,11 @@ def make(
         )
     if size < 1:
         raise InputError(f"built-in data of {size} transitions: expected at least 1")
-    if task not in TASKS or TASKS[task].family != "particle":
+    family = TASKS[task].family if task in TASKS else ""
+    if family not in ("particle", *TEAM_FAMILIES) or quality != "random":
         load_policies(task)
-    elif quality != "random":
-        raise InputError(f"unknown built-in data quality {quality!r} of {task}: expected random")
+    if quality != "random" and family == "particle" or quality == "expert" and family == "mujoco":
+        raise InputError(f"unknown built-in data quality {quality!r} of {task}")
     path = Path(path)
     partial = Path(f"{path}.partial")
     try:

@@ -74,6 +74,13 @@ TASKS = {
         )
         for n, references in COOPERATIVE_NAVIGATION.items()
     },
+    "simple-spread": Task("mpe", "simple-spread"),
+    **{
+        f"simple-spread-{n}": Task("mpe", "simple-spread", kwargs={"num_agents": n})
+        for n in (1, 2, 4, 5)
+    },
+    "simple-tag": Task("mpe", "simple-tag"),
+    "simple-world": Task("mpe", "simple-world"),
 }
 
 # Of agents 0, 1, ... in every picture (Matplotlib's ten)
