@@ -266,7 +266,7 @@ def test_select(tmp_path, monkeypatch):
     assert calls == []
 
 
-@pytest.mark.parametrize("path", sorted(rollout.POLICY_DIR.glob("*.npz")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [rollout.POLICY_DIR / f"{task}.npz" for task in SIZES], ids=SIZES)
 def test_shipped_policies(path):
     policies = rollout.load_policies(path.stem)
     steps, replay = policies["steps"], policies["replay"]
