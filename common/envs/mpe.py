@@ -307,22 +307,17 @@ def draw(vec: MpeVecEnv, team: int = 0, size: int = 240) -> np.ndarray:
     obstacles dark grey, food orange, forests green, the landmarks of simple-spread grey rings
     within which they pay 10. Bodies may leave the white square [-1, 1]^2."""
     image, scale = blank(1.0, size, margin=0.3)
-    n = vec.num_agents
-    food, forest, grey = (255, 187, 120), (199, 233, 192), (90, 90, 90)
-    colours = {
-        "simple-spread": [],
-        "simple-tag": [grey] * 2,
-        "simple-world": [grey, food, food, forest, forest],
-    }[vec.task]
+    obstacle, food, forest = (90, 90, 90), (255, 187, 120), (199, 233, 192)
+    things = {
+        "simple-tag": [obstacle] * 2,
+        "simple-world": [obstacle, food, food, forest, forest],
+    }
+    colours = [*AGENT_COLOURS[:3], (0, 0, 0), *things.get(vec.task, [])]
     if vec.task == "simple-spread":
-        for x, y in vec.at[n:, :, team].tolist():
+        colours = AGENT_COLOURS[: vec.num_agents]
+        for x, y in vec.at[vec.num_agents :, :, team].tolist():
             disc(image, scale, x, y, 0.1, (150, 150, 150), ring=2.0)
-    bodies = list(zip(vec.at[:, :, team].tolist(), vec.sizes, strict=True))
-    for ((x, y), radius), colour in reversed(
-        list(zip(bodies[vec.num_movers :], colours, strict=False))
-    ):
-        disc(image, scale, x, y, radius, colour)
-    for i, ((x, y), radius) in enumerate(bodies[: vec.num_movers]):
-        colour = (0, 0, 0) if i == 3 and vec.task != "simple-spread" else AGENT_COLOURS[i]
-        disc(image, scale, x, y, radius, colour)
+    for i in reversed(range(len(colours))):  # agents are over what they stand on
+        x, y = vec.at[i, :, team].tolist()
+        disc(image, scale, x, y, vec.sizes[i], colours[i])
     return image.round().astype(np.uint8)
