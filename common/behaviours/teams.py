@@ -18,7 +18,7 @@ from common.envs import make_vec
 
 QUALITIES = ("random", "medium-replay", "medium", "expert")
 BATCH_ROWS = 25_000
-"""rows rolled out side by side; a file depends on it"""
+"""at most so many rows are rolled out side by side; a file depends on it"""
 WEIGHTS = ("w0", "b0", "w1", "b1", "w2", "b2")
 
 Policy = dict[str, np.ndarray]
@@ -73,7 +73,8 @@ def write(file: h5py.File, task: str, quality: str, size: int, bar: tqdm) -> Non
         rows = range(int(bounds[part]), int(bounds[part + 1]))
         if rows:
             name = f"{task}-{quality}" + (f"-{part}" if part else "")
-            batches = uniform.episodes(task, act, max(1, BATCH_ROWS // length), name)
+            num_envs = max(1, min(BATCH_ROWS // length, -(-len(rows) // length)))
+            batches = uniform.episodes(task, act, num_envs, name)
             uniform.append(file, batches, rows, size, bar)
     file["metadata/algorithm"] = "TD3" if policies else "uniform actions"
     if policies:
