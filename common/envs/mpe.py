@@ -315,9 +315,10 @@ def draw(vec: MpeVecEnv, team: int = 0, size: int = 240) -> np.ndarray:
     colours = [*AGENT_COLOURS[:3], (0, 0, 0), *things.get(vec.task, [])]
     if vec.task == "simple-spread":
         colours = AGENT_COLOURS[: vec.num_agents]
-        for x, y in vec.at[vec.num_agents :, :, team].tolist():
-            disc(image, scale, x, y, 0.1, (150, 150, 150), ring=2.0)
     for i in reversed(range(len(colours))):  # agents are over what they stand on
         x, y = vec.at[i, :, team].tolist()
         disc(image, scale, x, y, vec.sizes[i], colours[i])
+    if vec.task == "simple-spread":
+        for x, y in vec.at[vec.num_agents :, :, team].tolist():
+            disc(image, scale, x, y, 0.1, (90, 90, 90), ring=2.0)
     return image.round().astype(np.uint8)
