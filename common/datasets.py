@@ -29,18 +29,21 @@ from tqdm import tqdm
 from common import InputError, nearest
 from common.envs import TASKS, make_vec
 
-# Rows of the built-in data: as many as D4RL v2 has; of the particle tasks as the OTC paper has, of
-# simple-spread, -tag and -world as OMAR has, of whose medium-replay no size is known
+# Rows of the built-in data: as many as D4RL v2 has; of the particle tasks as the OTC paper has, and
+# of family mpe as OMAR has, whose medium-replay is of unknown size
+MILLION = 1_000_000
 BUILT_IN_SIZES = {
-    task: {"random": 1_000_000, "medium": 1_000_000, "medium-replay": replay}
-    for task, replay in {"halfcheetah": 202_000, "walker2d": 302_000, "hopper": 402_000}.items()
+    **{
+        task: {"random": MILLION, "medium": MILLION, "medium-replay": replay}
+        for task, replay in {"halfcheetah": 202_000, "walker2d": 302_000, "hopper": 402_000}.items()
+    },
+    **{task: {"random": MILLION} for task, row in TASKS.items() if row.family == "particle"},
+    **{
+        task: {"random": MILLION, "medium-replay": 250_000, "medium": MILLION, "expert": MILLION}
+        for task, row in TASKS.items()
+        if row.family == "mpe"
+    },
 }
-for task, row in TASKS.items():
-    if row.family == "particle":
-        BUILT_IN_SIZES[task] = {"random": 1_000_000}
-    elif row.family == "mpe":
-        sizes = {"random": 1_000_000, "medium-replay": 250_000, "medium": 1_000_000}
-        BUILT_IN_SIZES[task] = {**sizes, "expert": 1_000_000}
 QUALITIES = ("random", "medium", "medium-replay", "expert", "medium-expert", "full-replay")
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")

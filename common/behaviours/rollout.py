@@ -301,10 +301,12 @@ def make(
     if size < 1:
         raise InputError(f"built-in data of {size} transitions: expected at least 1")
     family = TASKS[task].family if task in TASKS else ""
+    known = {"particle": QUALITIES[:1], "mujoco": QUALITIES[:3]}.get(family, QUALITIES)
+    if quality not in known:
+        expected = ", ".join(known)
+        raise InputError(f"no built-in data quality {quality!r} of {task}: expected {expected}")
     if family not in ("particle", *TEAM_FAMILIES) or quality != "random":
         load_policies(task)
-    if quality != "random" and family == "particle" or quality == "expert" and family == "mujoco":
-        raise InputError(f"unknown built-in data quality {quality!r} of {task}")
     path = Path(path)
     partial = Path(f"{path}.partial")
     try:

@@ -49,7 +49,7 @@ class Args:
     """transitions per update"""
     hidden_size: int = 64
     """units in both hidden layers of every network"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     """Adam's at the start; it falls to a tenth in equal steps"""
     gamma: float = 0.95
     """discount"""
