@@ -47,7 +47,7 @@ COOPERATIVE_NAVIGATION = {
 }
 # Returns of uniform actions and of the expert of the built-in data, from
 # docs/results/team_evaluation.csv
-SIMPLE_SPREAD = {1: (None, None), 2: (None, None), 4: (None, None), 5: (None, None)}
+SIMPLE_SPREAD = {1: (32.6, 200.9), 2: (90.9, 392.9), 4: (246.2, 476.2), 5: (335.9, 394.6)}
 TASKS = {
     "halfcheetah": Task("mujoco", "HalfCheetah-v5", "2x3", -280.178953, 12135.0),
     # v5's own model has another friction on the right foot than the one D4RL's data comes from
