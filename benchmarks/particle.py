@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.particle plays --csv docs/results/particle_plays.csv
     OMP_NUM_THREADS=1 python -m benchmarks.particle speed --csv docs/results/particle_speed.csv
-    python -m benchmarks.particle pictures
+    OMP_NUM_THREADS=1 python -m benchmarks.particle speed --family mpe --csv FILE
+    python -m benchmarks.particle pictures [--family mpe]
 
 Predator-prey: `random`; `one` and `three` run straight at the prey; `one planning` and `corner`
 (all three) know the prey's rule and choose their next moves in turn, by what the prey would do.
@@ -17,7 +18,8 @@ import numpy as np
 import tyro
 
 from benchmarks import write_csv
-from common.envs import TASKS, make_vec
+from common.behaviours import teams
+from common.envs import TASKS, make_vec, mpe
 from common.envs.particle import REACH, SPEED, CooperativeNavigation, PredatorPrey, draw
 
 MOVES = SPEED * np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)], np.float32)
@@ -29,6 +31,8 @@ class Args:
     """what to measure or draw"""
     episodes: int = 1000
     """of every play"""
+    family: Literal["particle", "mpe"] = "particle"
+    """of tasks whose speed is measured or whose pictures are drawn"""
     csv: str | None = None
     """file for the raw numbers"""
 
@@ -128,14 +132,16 @@ def plays(args: Args) -> list[dict]:
     return rows
 
 
-def speed(num_envs: int = 1024, steps: int = 400) -> list[dict]:
-    """All tasks; per second of processor time as well, for a machine busy with other work."""
+def speed(family: str, num_envs: int = 1024, steps: int = 400) -> list[dict]:
+    """All tasks of a family; per second of processor time as well, for a machine that is busy with
+    other work."""
     rows = []
-    for task in [task for task, row in TASKS.items() if row.family == "particle"]:
+    for task in [task for task, row in TASKS.items() if row.family == family]:
         vec = make_vec(task, num_envs, 0)
         vec.reset()
         shape = num_envs, vec.num_agents, 2
-        actions = np.random.default_rng(0).uniform(-SPEED, SPEED, shape).astype(np.float32)
+        actions = np.random.default_rng(0).uniform(vec.action_low, vec.action_high, shape)
+        actions = actions.astype(np.float32)
         wall, processor = time.perf_counter(), time.process_time()
         for _ in range(steps):
             vec.step(actions)
@@ -147,24 +153,32 @@ def speed(num_envs: int = 1024, steps: int = 400) -> list[dict]:
     return rows
 
 
-def pictures() -> None:
-    """docs/figures/{task}.png: three moments of scripted play side by side."""
+def pictures(family: str) -> None:
+    """docs/figures/{task}.png: three moments of scripted play, or of the expert's, side by side."""
     import imageio.v3 as imageio
 
     figures = Path(__file__).parents[1] / "docs" / "figures"
-    for task, play, moments in (
-        ("predator-prey", "corner", (0, 10, 30)),
-        ("cooperative-navigation-3", "straight", (0, 4, 12)),
-        ("navigation", "to the landmark", (0, 4, 8)),
-    ):
+    scenes = {
+        "particle": (
+            ("predator-prey", "corner", (0, 10, 30)),
+            ("cooperative-navigation-3", "straight", (0, 4, 12)),
+            ("navigation", "to the landmark", (0, 4, 8)),
+        ),
+        "mpe": tuple((task, "expert", (0, 5, 20)) for task in mpe.CLASSES),
+    }[family]
+    for task, play, moments in scenes:
         vec, rng = make_vec(task, 1, 3), np.random.default_rng(0)
         vec.set_deployment(1, 10)
-        vec.reset()
+        obs = vec.reset()
+        if play == "expert":
+            policies = teams.load_policies(task)
+            expert = teams.actor(teams.snapshot(policies, int(policies["expert"])), 0.0)
+        painter = draw if family == "particle" else mpe.draw
         frames = []
         for t in range(max(moments) + 1):
             if t in moments:
-                frames += [draw(vec, size=160), np.full((160, 6, 3), 255, np.uint8)]
-            vec.step(act(vec, play, rng))
+                frames += [painter(vec, size=160), np.full((160, 6, 3), 255, np.uint8)]
+            obs = vec.step(expert(obs, rng) if play == "expert" else act(vec, play, rng))[0]
         path = figures / f"{task}.png"
         imageio.imwrite(path, np.concatenate(frames[:-1], axis=1))
         print(path)
@@ -172,8 +186,8 @@ def pictures() -> None:
 
 def main(args: Args) -> None:
     if args.what == "pictures":
-        return pictures()
-    rows = plays(args) if args.what == "plays" else speed()
+        return pictures(args.family)
+    rows = plays(args) if args.what == "plays" else speed(args.family)
     if args.csv is not None:
         write_csv(args.csv, rows)
 

@@ -30,17 +30,19 @@ from tqdm import tqdm
 from common import InputError, nearest
 from common.envs import TASKS, make_vec
 
-# Rows of the built-in data: as many as D4RL v2 has, for the particle tasks as the OTC paper has;
-# a maze has one set, without a quality (D4RL's have 1, 2 and 4 million rows)
-ONE_QUALITY = {"particle": "random", "maze": ""}
-BUILT_IN_SIZES = {
-    task: {"random": 1_000_000, "medium": 1_000_000, "medium-replay": replay}
-    for task, replay in {"halfcheetah": 202_000, "walker2d": 302_000, "hopper": 402_000}.items()
-} | {
-    task: {ONE_QUALITY[row.family]: 1_000_000}
-    for task, row in TASKS.items()
-    if row.family in ONE_QUALITY
+# Rows of the built-in data: as many as D4RL v2 has; of the particle tasks as the OTC paper has; a
+# maze has one set, without a quality (D4RL's have 1, 2 and 4 million rows); and of family mpe as
+# OMAR has, whose medium-replay is of unknown size
+MILLION = 1_000_000
+OF_FAMILY = {
+    "particle": {"random": MILLION},
+    "maze": {"": MILLION},
+    "mpe": {"random": MILLION, "medium-replay": 250_000, "medium": MILLION, "expert": MILLION},
 }
+BUILT_IN_SIZES = {
+    task: {"random": MILLION, "medium": MILLION, "medium-replay": replay}
+    for task, replay in {"halfcheetah": 202_000, "walker2d": 302_000, "hopper": 402_000}.items()
+} | {task: OF_FAMILY[row.family] for task, row in TASKS.items() if row.family in OF_FAMILY}
 QUALITIES = ("random", "medium", "medium-replay", "expert", "medium-expert", "full-replay")
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 D4RL_MAZE_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/maze2d/"
@@ -126,15 +128,22 @@ def cache_dir() -> Path:
 
 
 def built_in_path(task: str, quality: str, size: int) -> Path:
-    """A built-in file's place in the cache; its name changes with the policies that made it, or
-    with the code of a task that needs none."""
-    code = {
+    """A built-in file's place in the cache; its name changes with what made it: the policies that
+    ship, and the code of the task where that is in this folder."""
+    here = Path(__file__).parent
+    makers = {
+        "mujoco": [f"behaviours/{task}.npz"],
         "particle": ["envs/particle.py"],
         "maze": ["envs/maze.py", "behaviours/waypoints.py"],
-    }
-    makers = code.get(TASKS[task].family, [f"behaviours/{task}.npz"])
-    content = b"".join((Path(__file__).parent / maker).read_bytes() for maker in makers)
-    return cache_dir() / f"{data_name(task, quality)}-{size}-{zlib.crc32(content):08x}.hdf5"
+        "mpe": ["envs/particle.py", "envs/mpe.py", f"envs/{task}-prey.npz"],
+    }[TASKS[task].family]
+    if TASKS[task].family == "mpe" and quality != "random":
+        makers.append(f"behaviours/{task}.npz")
+    checksum = 0
+    for maker in makers:
+        if (here / maker).exists():  # only a chase has a prey
+            checksum = zlib.crc32((here / maker).read_bytes(), checksum)
+    return cache_dir() / f"{data_name(task, quality)}-{size}-{checksum:08x}.hdf5"
 
 
 def is_omar(dataset: str) -> bool:

@@ -266,13 +266,13 @@ def test_select(tmp_path, monkeypatch):
     assert calls == []
 
 
-@pytest.mark.parametrize("path", sorted(rollout.POLICY_DIR.glob("*.npz")), ids=lambda p: p.stem)
-def test_shipped_policies(path):
-    policies = rollout.load_policies(path.stem)
+@pytest.mark.parametrize("task", ["halfcheetah", "hopper", "walker2d"])
+def test_shipped_policies(task):
+    policies = rollout.load_policies(task)
     steps, replay = policies["steps"], policies["replay"]
     assert steps[0] == 0 and (np.diff(steps) > 0).all()
     assert len(replay) >= 20 and (np.diff(replay) > 0).all() and replay[-1] == policies["medium"]
-    obs, action = (rollout.columns(path.stem)[k][0][0] for k in ("observations", "actions"))
+    obs, action = (rollout.columns(task)[k][0][0] for k in ("observations", "actions"))
     assert policies["w0"].shape == (len(steps), obs, 64)
     assert policies["w_mean"].shape == (len(steps), 64, action)
     assert all(np.isfinite(policies[name]).all() for name in rollout.WEIGHTS)

@@ -1,10 +1,11 @@
-"""Compare the returns of the built-in datasets with D4RL v2's.
+"""The returns of the built-in datasets, MuJoCo's beside D4RL v2's.
 
     python -m common.behaviours.report
 
 Reads the full-size files that are in the cache folder, prints a Markdown table of their whole
 episodes, and writes it with more digits to docs/results/datasets.csv and the return distributions
-to docs/figures/dataset_returns.png (with matplotlib, see requirements-dev.txt).
+to docs/figures/dataset_returns.png (with matplotlib, see requirements-dev.txt). Those of the
+tasks whose agents each see their own state go to docs/results/team_datasets.csv, with scores.
 """
 
 import csv
@@ -13,7 +14,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from common.behaviours.rollout import TEAM_FAMILIES
 from common.datasets import BUILT_IN_SIZES, built_in_path
+from common.envs import TASKS, make_vec, normalized_score
 from common.envs.mujoco import make_single
 
 D4RL = {
@@ -75,8 +78,25 @@ def draw(returns: dict[str, np.ndarray], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def teams(docs: Path) -> None:
+    """The table of docs/results/team_datasets.csv, of the full-size files that are there."""
+    rows = [["dataset", "episodes", "mean", "std", "min", "max", "score"]]
+    for task, sizes in BUILT_IN_SIZES.items():
+        for quality, size in sizes.items() if TASKS[task].family in TEAM_FAMILIES else ():
+            if (path := built_in_path(task, quality, size)).exists():
+                time_limit = make_vec(task, 1, 0).max_episode_steps
+                numbers = statistics(whole_episode_returns(path, time_limit))
+                cells = [*numbers[1:], normalized_score(task, numbers[1]).item()]
+                rows.append([f"{task}-{quality}", numbers[0], *(f"{x:.1f}" for x in cells)])
+                print("| " + " | ".join(map(str, rows[-1])) + " |")
+    if len(rows) > 1:
+        with open(docs / "results" / "team_datasets.csv", "w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+
+
 def main() -> None:
     docs = Path(__file__).parents[2] / "docs"
+    teams(docs)
     returns = {}
     for task, sizes in BUILT_IN_SIZES.items():
         for quality, size in sizes.items():

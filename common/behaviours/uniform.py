@@ -1,34 +1,49 @@
-"""The built-in `random` data of the particle tasks: uniform actions, whole episodes, in seconds."""
+"""Whole episodes of many teams side by side, and the built-in `random` data of the particle tasks:
+uniform actions, in seconds."""
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import h5py
 import numpy as np
 from tqdm import tqdm
 
-from common.envs import make_vec
+from common.envs import TASKS, make_vec
 
 EPISODES = 1024
 """rolled out side by side; a file depends on it"""
 
+Act = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+"""From observations (E, N, obs_dim) to actions (E, N, action_dim) in [-1, 1]"""
 
-def episodes(task: str) -> Iterator[dict[str, np.ndarray]]:
-    """Batches of whole episodes without end, one after another: D4RL's keys, (rows, ...)."""
-    key = zlib.crc32(f"{task}-random".encode())
-    vec = make_vec(task, EPISODES, key)
+
+def episodes(
+    task: str, act: Act | None = None, num_envs: int | None = None, name: str | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """Batches of whole episodes without end, one after another: D4RL's keys, (rows, ...).
+
+    `act` is by default uniform. `num_envs` episodes are a batch, by default `EPISODES`; `name`, by
+    default TASK-random, seeds them. Where the agents all see the same, `observations` holds it
+    once, elsewhere theirs side by side.
+    """
+    num_envs = num_envs or EPISODES
+    key = zlib.crc32((name or f"{task}-random").encode())
+    vec = make_vec(task, num_envs, key)
     rng = np.random.default_rng(np.random.SeedSequence(key, spawn_key=(1,)))
-    shape = EPISODES, vec.num_agents, vec.action_dim
+    shape = num_envs, vec.num_agents, vec.action_dim
+    seen = 1 if TASKS[task].family == "particle" else vec.num_agents
     obs = vec.reset()
     while True:
-        running, columns = np.ones(EPISODES, dtype=bool), []
+        running, columns = np.ones(num_envs, dtype=bool), []
         for _ in range(vec.max_episode_steps):
-            actions = vec.to_box(2 * rng.random(shape, np.float32) - 1).astype(np.float32)
+            actions = 2 * rng.random(shape, np.float32) - 1 if act is None else act(obs, rng)
+            actions = vec.to_box(actions).astype(np.float32)
             actions = np.clip(actions, vec.action_low, vec.action_high)  # rounding
             next_obs, rewards, terminations, truncations, final_obs = vec.step(actions)
             timeouts = truncations & ~terminations
-            joint = actions.reshape(EPISODES, -1)
-            state, next_state = obs[:, 0], final_obs[:, 0]  # the agents all see the same
+            joint, state, next_state = (
+                x.reshape(num_envs, -1) for x in (actions, obs[:, :seen], final_obs[:, :seen])
+            )
             columns.append((state, joint, rewards, next_state, terminations, timeouts, running))
             running = running & ~(terminations | truncations)
             obs = next_obs
@@ -38,20 +53,25 @@ def episodes(task: str) -> Iterator[dict[str, np.ndarray]]:
         yield {name: column[kept] for name, column in zip(names, columns, strict=True)}
 
 
-def write(file: h5py.File, task: str, size: int, bar: tqdm) -> None:
-    """`size` transitions into an empty file; the last row ends its episode, whole or not."""
-    done = 0
-    for arrays in episodes(task):
-        if not done:
-            for key, values in arrays.items():
-                file.create_dataset(key, (size, *values.shape[1:]), values.dtype)
-        n = min(len(arrays["rewards"]), size - done)
+def append(
+    file: h5py.File, batches: Iterator[dict[str, np.ndarray]], rows: range, size: int, bar: tqdm
+) -> None:
+    """Fill a range of the rows of a file of `size`; the last row ends its episode, whole or not."""
+    done = rows.start
+    while done < rows.stop:
+        arrays = next(batches)
+        n = min(len(arrays["rewards"]), rows.stop - done)
         for key, values in arrays.items():
+            if key not in file:
+                file.create_dataset(key, (size, *values.shape[1:]), values.dtype)
             file[key][done : done + n] = values[:n]
         done += n
         bar.update(n)
-        if done == size:
-            file["timeouts"][-1] = not file["terminals"][-1]
-            break
+    file["timeouts"][done - 1] = not file["terminals"][done - 1]
+
+
+def write(file: h5py.File, task: str, size: int, bar: tqdm) -> None:
+    """`size` transitions of uniform actions into an empty file."""
+    append(file, episodes(task), range(size), size, bar)
     file["metadata/algorithm"] = "uniform actions"
     file["metadata/versions/numpy"] = np.__version__

@@ -47,6 +47,9 @@ COOPERATIVE_NAVIGATION = {
     9: (-82.9, -12.5),
     10: (-87.2, -12.7),
 }
+# Returns of uniform actions and of the expert of the built-in data, from
+# docs/results/team_evaluation.csv
+SIMPLE_SPREAD = {1: (32.6, 200.9), 2: (90.9, 392.9), 4: (246.2, 476.2), 5: (335.9, 394.6)}
 TASKS = {
     "halfcheetah": Task("mujoco", "HalfCheetah-v5", "2x3", -280.178953, 12135.0),
     # v5's own model has another friction on the right foot than the one D4RL's data comes from
@@ -81,6 +84,15 @@ TASKS = {
         )
         for n, references in COOPERATIVE_NAVIGATION.items()
     },
+    "simple-spread": Task("mpe", "simple-spread", "", 162.3, 508.6),
+    **{
+        f"simple-spread-{n}": Task(
+            "mpe", "simple-spread", "", *references, kwargs={"num_agents": n}
+        )
+        for n, references in SIMPLE_SPREAD.items()
+    },
+    "simple-tag": Task("mpe", "simple-tag", "", -6.6, 187.4),
+    "simple-world": Task("mpe", "simple-world", "", -8.2, 64.2),
 }
 
 # OMAR's (random, expert) returns, as MADiff's appendix G.1 and, for HalfCheetah, other users of its

@@ -239,23 +239,26 @@ def make_vec(task: str, num_envs: int, seed: int, split: str | None = None) -> P
 class ParticleParallelEnv(ParallelEnv):
     """A particle task for PettingZoo: one team of the batched tasks."""
 
+    make_vec = staticmethod(make_vec)
+
     def __init__(self, task: str, split: str | None = None, render_mode: str | None = None):
         if render_mode not in (None, "rgb_array"):
             raise InputError(f"render_mode {render_mode!r}: {task} has only rgb_array")
-        self.vec = make_vec(task, 1, 0, split)
+        self.vec = self.make_vec(task, 1, 0, split)
         self.vec.first_seed = None
         self.task, self.render_mode = task, render_mode
         self.metadata = {"name": task, "render_modes": ["rgb_array"], "render_fps": 10}
         self.max_episode_steps = self.vec.max_episode_steps
         self.possible_agents = [f"agent_{i}" for i in range(self.vec.num_agents)]
         self.agents: list[str] = []
-        width, low, high = self.vec.half_width, self.vec.action_low[0], self.vec.action_high[0]
-        self.observation_spaces = {
-            agent: Box(-width, width, (self.vec.obs_dim,), np.float32)
-            for agent in self.possible_agents
-        }
+        low, high = self.vec.action_low[0], self.vec.action_high[0]
+        self.observation_spaces = {agent: self.observation_box() for agent in self.possible_agents}
         self.action_spaces = {agent: Box(low, high) for agent in self.possible_agents}
         self.seeded = False
+
+    def observation_box(self) -> Box:
+        width = self.vec.half_width
+        return Box(-width, width, (self.vec.obs_dim,), np.float32)
 
     def observation_space(self, agent: str) -> Box:
         return self.observation_spaces[agent]
@@ -273,7 +276,7 @@ class ParticleParallelEnv(ParallelEnv):
             self.vec.seed_teams(seeds)
             self.seeded = True
         self.agents = self.possible_agents[:]
-        return self._each(self.vec.start(self.vec.everyone)[0, 0]), {a: {} for a in self.agents}
+        return self._own(self.vec.start(self.vec.everyone)), {a: {} for a in self.agents}
 
     def step(self, actions: dict[str, np.ndarray]) -> tuple[dict, dict, dict, dict, dict]:
         if not self.agents:
@@ -285,15 +288,15 @@ class ParticleParallelEnv(ParallelEnv):
         reward, terminated = (values.item() for values in vec.judge())
         vec.elapsed += 1
         truncated = bool(vec.elapsed[0] >= vec.max_episode_steps)
-        out = vec.observe()[0, 0], reward, terminated, truncated
-        results = (*map(self._each, out), {a: {} for a in self.agents})
+        outcome = (dict.fromkeys(self.agents, value) for value in (reward, terminated, truncated))
+        results = (self._own(vec.observe()), *outcome, {a: {} for a in self.agents})
         if terminated or truncated:
             self.agents = []
         return results
 
-    def _each(self, value) -> dict:
+    def _own(self, obs: np.ndarray) -> dict[str, np.ndarray]:
         """Every agent its own copy, so that none can change what the others see."""
-        return {a: value.copy() if hasattr(value, "copy") else value for a in self.agents}
+        return {agent: obs[0, i].copy() for i, agent in enumerate(self.agents)}
 
     def state(self) -> np.ndarray:
         """The full state (obs_dim,): what every agent observes."""
@@ -316,27 +319,37 @@ def parallel_env(
 # --- Pictures ---
 
 
+def blank(half_width: float, size: int, margin: float = 0.1) -> tuple[np.ndarray, float]:
+    """A white arena on grey, (size, size, 3) float, and its pixels per unit of length."""
+    image = np.full((size, size, 3), 255.0)
+    scale = size / 2 / ((1 + margin) * half_width)
+    rows, columns = np.mgrid[:size, :size] + 0.5 - size / 2
+    image[np.maximum(np.abs(rows), np.abs(columns)) > scale * half_width] = 225.0
+    return image, scale
+
+
+def disc(
+    image: np.ndarray, scale: float, x: float, y: float, radius: float, colour, ring: float = 0.0
+) -> None:
+    """Paint a disc, or a ring so many pixels wide, over a picture of `blank`."""
+    size = len(image)
+    rows, columns = np.mgrid[:size, :size] + 0.5 - size / 2
+    distance = np.hypot(columns - scale * x, rows + scale * y) - scale * radius
+    cover = np.clip(0.5 - distance, 0, 1)
+    if ring:
+        cover = np.minimum(cover, np.clip(0.5 + distance + ring, 0, 1))
+    image += cover[:, :, None] * (np.array(colour) - image)
+
+
 def draw(vec: ParticleVecEnv, team: int = 0, size: int = 240) -> np.ndarray:
     """A picture (size, size, 3) uint8 of one team: agents are coloured discs, the prey a black one
     within the ring that touches it, landmarks grey rings as wide as an agent's reach."""
-    image = np.full((size, size, 3), 255.0)
-    scale = size / 2 / (1.1 * vec.half_width)  # pixels per unit; a tenth of margin
-    rows, columns = np.mgrid[:size, :size] + 0.5 - size / 2
-    outside = np.maximum(np.abs(rows), np.abs(columns)) > scale * vec.half_width
-    image[outside] = 225.0
-
-    def disc(x: float, y: float, radius: float, colour, ring: float = 0.0) -> None:
-        distance = np.hypot(columns - scale * x, rows + scale * y) - scale * radius
-        cover = np.clip(0.5 - distance, 0, 1)
-        if ring:
-            cover = np.minimum(cover, np.clip(0.5 + distance + ring, 0, 1))
-        image[:] += cover[:, :, None] * (np.array(colour) - image)
-
+    image, scale = blank(vec.half_width, size)
     bodies = vec.at[:, :, team].tolist()
     for x, y in bodies[vec.num_agents :]:
-        disc(x, y, REACH, (150, 150, 150), ring=2.0)
+        disc(image, scale, x, y, REACH, (150, 150, 150), ring=2.0)
         if isinstance(vec, PredatorPrey):
-            disc(x, y, 0.03, (0, 0, 0))
+            disc(image, scale, x, y, 0.03, (0, 0, 0))
     for i, (x, y) in enumerate(bodies[: vec.num_agents]):
-        disc(x, y, 0.045, AGENT_COLOURS[i % len(AGENT_COLOURS)])
+        disc(image, scale, x, y, 0.045, AGENT_COLOURS[i % len(AGENT_COLOURS)])
     return image.round().astype(np.uint8)

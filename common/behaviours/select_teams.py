@@ -1,0 +1,96 @@
+"""Choose the snapshots of `common.behaviours.train_teams` that ship.
+
+    python -m common.behaviours.select_teams --task simple-spread --snapshots FOLDER
+    python -m common.behaviours.select_teams --task simple-tag --snapshots FOLDER --prey 2000
+
+Every snapshot acts for `--episodes` episodes with the data's noise; their returns are kept in
+FOLDER/evaluation.csv. `expert` is the best snapshot, `medium` the one, trained less than that,
+whose return is nearest halfway between uniform actions and expert; `replay` are snapshots evenly
+spaced in updates from the fresh policy to medium. Writes `common/behaviours/{task}.npz`; with
+`--prey` it writes the prey that was trained so many updates to `common/envs/{task}-prey.npz`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from common.behaviours import uniform
+from common.behaviours.teams import WEIGHTS, actor, policy_file
+from common.envs import mpe
+
+
+@dataclass
+class Args:
+    task: str
+    """a task of common.envs"""
+    snapshots: Path
+    """folder that common.behaviours.train_teams wrote to"""
+    prey: int | None = None
+    """write the prey of a training with --prey, after so many updates"""
+    noise: float = 0.1
+    """standard deviation of the Gaussian noise on every action of the data"""
+    episodes: int = 1000
+    """of every snapshot"""
+    replay: int = 10
+    """snapshots that make medium-replay"""
+    out: Path | None = None
+    """file to write, by default the shipped one"""
+
+
+def returns(task: str, act: uniform.Act | None, episodes: int) -> np.ndarray:
+    """Returns (episodes,) of episodes that all end at the time limit."""
+    rows = next(uniform.episodes(task, act, episodes, f"{task}-evaluation"))
+    return rows["rewards"].astype(np.float64).reshape(episodes, -1).sum(axis=1)
+
+
+def rounded(path: Path) -> dict[str, np.ndarray]:
+    """A snapshot as it ships: float16."""
+    with np.load(path) as arrays:
+        return {name: arrays[name].astype(np.float16) for name in WEIGHTS}
+
+
+def main(args: Args) -> None:
+    paths = sorted(args.snapshots.glob("[0-9]*.npz"))
+    if args.prey is not None:
+        out = args.out or mpe.prey_file(args.task)
+        obs_dim = mpe.CLASSES[args.task].own_obs_dim[-1]
+        with np.load(args.snapshots / f"{args.prey:07d}.npz") as arrays:
+            prey = {name: arrays[name][-1] for name in WEIGHTS}
+        prey["w0"] = prey["w0"][:obs_dim]
+        np.savez_compressed(out, **prey)
+        return print(f"wrote {out} ({out.stat().st_size / 1e3:.0f} kB)")
+
+    policies = [rounded(path) for path in paths]
+    steps = np.array([int(path.stem) for path in paths])
+    random = returns(args.task, None, args.episodes).mean()
+    means = []
+    lines = [f"updates,episodes,mean,std\nuniform,{args.episodes},{random:.3f},"]
+    for step, policy in zip(steps, policies, strict=True):
+        weights = {name: values.astype(np.float32) for name, values in policy.items()}
+        found = returns(args.task, actor(weights, args.noise), args.episodes)
+        means.append(found.mean())
+        lines.append(f"{step},{args.episodes},{found.mean():.3f},{found.std():.3f}")
+        print(lines[-1], flush=True)
+    (args.snapshots / "evaluation.csv").write_text("\n".join(lines) + "\n")
+
+    expert = int(np.argmax(means))
+    medium = int(np.argmin(np.abs(np.array(means[: expert + 1]) - (random + means[expert]) / 2)))
+    grid = np.linspace(0, medium, args.replay).round().astype(int)
+    chosen = sorted({*grid.tolist(), expert})
+    arrays = {name: np.stack([policies[i][name] for i in chosen]) for name in WEIGHTS}
+    arrays |= {"steps": steps[chosen], "medium": chosen.index(medium)}
+    arrays |= {"expert": chosen.index(expert), "noise": args.noise}
+    arrays["replay"] = np.array([chosen.index(i) for i in sorted(set(grid.tolist()))])
+    out = args.out or policy_file(args.task)
+    np.savez_compressed(out, **arrays)
+    print(
+        f"random {random:.1f}, medium {means[medium]:.1f} after {steps[medium]} updates", end=", "
+    )
+    print(f"expert {means[expert]:.1f} after {steps[expert]} updates")
+    print(f"wrote {out} ({out.stat().st_size / 1e3:.0f} kB)")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
