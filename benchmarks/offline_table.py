@@ -5,9 +5,11 @@
     done
     python -m benchmarks.offline_table runs/offline --csv docs/results/bcq_offline.csv
 
-and for the runs of benchmarks/single_agent.sh, `runs/single_agent`.
+and for the runs of benchmarks/single_agent.sh, `runs/single_agent`, and benchmarks/omar.sh,
+`runs/omar`.
 
-The behaviour's return is the mean of the data's whole episodes, from docs/results/datasets.csv.
+The behaviour's return is the mean of the data's whole episodes, from docs/results/datasets.csv and
+team_datasets.csv.
 """
 
 import csv
@@ -22,6 +24,8 @@ from benchmarks import write_csv
 from common.datasets import parse_env
 from common.envs import normalized_score
 
+COEFFICIENT_0 = " --omar-coefficient 0"
+
 
 @dataclass
 class Args:
@@ -32,11 +36,12 @@ class Args:
 
 
 def main(args: Args) -> None:
-    table = Path(__file__).parents[1] / "docs" / "results" / "datasets.csv"
+    results = Path(__file__).parents[1] / "docs" / "results"
     behaviour = {
         row["dataset"]: float(row["mean"])
-        for row in csv.DictReader(table.open())
-        if row["source"] == "built-in"
+        for table in ("datasets.csv", "team_datasets.csv")
+        for row in csv.DictReader((results / table).open())
+        if row.get("source", "built-in") == "built-in"
     }
     rows = []
     for folder in args.folders:
@@ -44,10 +49,11 @@ def main(args: Args) -> None:
             run = json.loads((path.parent / "args.json").read_text())
             first = next(csv.DictReader(path.open()))
             env = run["args"]["env"]
+            is_ma_cql = run["args"].get("omar_coefficient") == 0
             score = normalized_score(parse_env(env)[0], behaviour[env])
             rows.append(
                 {
-                    "script": run["script"],
+                    "script": run["script"] + COEFFICIENT_0 * is_ma_cql,
                     "env": env,
                     "split": run["args"]["split"] or "",
                     "seed": run["seed"],
