@@ -373,23 +373,24 @@ class OMAR(nn.Module):
         # Actor: climb the first critic, and approach the best action that the sampler finds.
         policy_actions = self.actor(own_obs)
         q = self.q_at(self.qf1, obs, actions, policy_actions.unsqueeze(2)).squeeze(2)  # (G, batch)
-        best_actions = self.best_actions(obs, actions, policy_actions.detach())
-        regression = (policy_actions - best_actions).square().mean((1, 2))
-        actor_loss = self.coefficient * regression - (1 - self.coefficient) * q.mean(1)
+        actor_loss, sampler_losses = -(1 - self.coefficient) * q.mean(1), {}
+        if self.coefficient > 0:  # else MA-CQL, which needs no sampler
+            best_actions, best_q = self.best_actions(obs, actions, policy_actions.detach())
+            regression = (policy_actions - best_actions).square().mean((1, 2))
+            actor_loss = actor_loss + self.coefficient * regression
+            sampler_losses["losses/regression_loss"] = regression.detach()
+            sampler_losses["losses/sampler_gain"] = (best_q - q.detach()).mean(1)
         step(self.actor_optimizer, actor_loss)
 
         follow(self.target, self.live, args.tau)
-        with torch.no_grad():
-            best_q = self.q_at(self.qf1, obs, actions, best_actions.unsqueeze(2)).squeeze(2)
         return {
             "losses/qf1_loss": qf1_loss.detach(),
             "losses/qf2_loss": qf2_loss.detach(),
             "losses/qf1_values": q1.detach().mean(1),
             "losses/conservative_gap": (gap1 + gap2).detach() / 2,
             "losses/actor_loss": actor_loss.detach(),
-            "losses/regression_loss": regression.detach(),
-            "losses/sampler_gain": (best_q - q.detach()).mean(1),
             "losses/bc_error": (policy_actions.detach() - own_actions).square().mean((1, 2)),
+            **sampler_losses,
         }
 
     def team_actions(self, actor: nn.Module, obs: torch.Tensor) -> torch.Tensor:
@@ -433,9 +434,9 @@ class OMAR(nn.Module):
         ]
 
     @torch.no_grad()
-    def best_actions(self, obs, actions, policy_actions) -> torch.Tensor:
+    def best_actions(self, obs, actions, policy_actions) -> tuple[torch.Tensor, torch.Tensor]:
         """OMAR's zeroth-order sampler: own actions (G, batch, action_dim) of the highest first
-        critic, never worse than the policy's."""
+        critic, never worse than the policy's, and their Q (G, batch)."""
         args = self.args
         mean, std = policy_actions.unsqueeze(2), args.sampler_std
         shape = (*policy_actions.shape[:2], args.sampler_samples, policy_actions.shape[2])
@@ -453,9 +454,9 @@ class OMAR(nn.Module):
                 std = (samples - mean).square().mean(2, keepdim=True).sqrt()
         samples = torch.cat([samples, policy_actions.unsqueeze(2)], dim=2)
         own_q = self.q_at(self.qf1, obs, actions, policy_actions.unsqueeze(2))
-        best = torch.cat([q, own_q], dim=2).argmax(2)  # (G, batch)
-        best = best[:, :, None, None].expand(-1, -1, 1, shape[3])
-        return samples.gather(2, best).squeeze(2)
+        best_q, best = torch.cat([q, own_q], dim=2).max(2, keepdim=True)  # (G, batch, 1)
+        best = best.unsqueeze(3).expand(-1, -1, 1, shape[3])
+        return samples.gather(2, best).squeeze(2), best_q.squeeze(2)
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:

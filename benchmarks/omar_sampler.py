@@ -51,7 +51,7 @@ def sample(start: torch.Tensor, **options) -> torch.Tensor:
     agent = omar.OMAR(1, 1, 1, omar.Args(**options))
     agent.qf1 = TwoPeaks()
     team = torch.zeros(1, start.shape[1], 1, 1)
-    return agent.best_actions(team, team, start)
+    return agent.best_actions(team, team, start)[0]
 
 
 def main(args: Args) -> None:
