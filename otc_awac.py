@@ -62,6 +62,9 @@ class Args:
     """episodes of every evaluation and seed, besides those of the deployments"""
     checkpoint_every: int = 10_000
     """updates between two checkpoints, besides those at every deployment"""
+    env_workers: int | None = None
+    """processes beside this one that step the environments, the numbers stay the same; default: one
+    per further core where there are enough environments, none for those that step as one batch"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one"""
     cuda_graph: bool = True
@@ -628,8 +631,9 @@ def main(args: Args) -> None:
     print(dataset.source)
     num_steps = runs.deployment_steps(args, len(dataset.rewards))  # M
     S, task = args.num_seeds, datasets.parse_env(args.env)[0]
-    envs = make_vec(task, S, args.seed, args.split)
-    eval_envs = make_vec(task, args.eval_episodes * S, args.seed, args.split)
+    envs = make_vec(task, S, args.seed, args.split, args.env_workers)
+    num_eval_envs = args.eval_episodes * S
+    eval_envs = make_vec(task, num_eval_envs, args.seed, args.split, args.env_workers)
     N = envs.num_agents
 
     # Line 1: initialise the learners and alpha

@@ -72,7 +72,7 @@ def check(args) -> None:
     Raises:
         InputError: names the flag, its value and what it may be.
     """
-    may_be_0 = {"seed", "offline_updates", "deployments", "clone_updates"}
+    may_be_0 = {"seed", "offline_updates", "deployments", "clone_updates", "env_workers"}
     above_0 = {"temperature", "target_temperature", "weight_max", "kl_limit", "policy_std"}
     above_0 |= {"penalty_noise"}
     at_most_1 = {"gamma", "tau", "soft_min", "gae_lambda", "policy_std", "omar_coefficient"}

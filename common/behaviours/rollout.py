@@ -29,7 +29,7 @@ from tqdm import tqdm
 from common import InputError, nearest
 from common.behaviours import teams, uniform, waypoints
 from common.datasets import data_name
-from common.envs import TASKS
+from common.envs import TASKS, num_cores
 from common.envs.mujoco import make_single
 
 POLICY_DIR = Path(__file__).parent
@@ -159,12 +159,6 @@ def plan(task: str, quality: str, size: int) -> list[tuple[int, list[Chunk]]]:
 
 
 # --- Worker processes ---
-
-
-def num_cores() -> int:
-    """The cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 class Workers:

@@ -4,6 +4,7 @@
 `parallel_env`.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -104,6 +105,9 @@ OMAR_RETURNS = {
     "halfcheetah-local": (-283.97, 3568.81),
 }
 
+# Families whose teams step together as arrays
+BATCHED = ("particle", "mpe")
+
 # Of agents 0, 1, ... in every picture (Matplotlib's ten)
 AGENT_COLOURS = (
     (31, 119, 180),
@@ -150,6 +154,10 @@ class VecEnv:
         seeds = [None] * self.num_envs
         if seed is not None:
             seeds = np.random.SeedSequence(seed).generate_state(self.num_envs).tolist()
+        return self.restart(seeds)
+
+    def restart(self, seeds: list[int | None]) -> np.ndarray:
+        """`reset` with each team's own seed, or None for its generator to go on."""
         obs = np.empty((self.num_envs, self.num_agents, self.obs_dim), dtype=np.float32)
         for e, team in enumerate(self.teams):
             obs[e] = team.reset(seeds[e])
@@ -206,9 +214,14 @@ class VecEnv:
             team.close()
 
 
-def make_vec(task: str, num_envs: int, seed: int, split: str | None = None) -> VecEnv:
+def make_vec(
+    task: str, num_envs: int, seed: int, split: str | None = None, num_workers: int | None = 0
+) -> VecEnv:
     """`num_envs` teams of `task`: a name of `TASKS`, or `package.module:factory` of a ParallelEnv.
 
+    `num_workers` further processes share the stepping with this one; None: one per further core,
+    where every process then has two teams or more. The numbers are the same. Tasks that step as one
+    batch, the particle tasks, need none.
     Team e's first reset is seeded with number e of
     `np.random.SeedSequence(seed).generate_state(num_envs)`; later ones go on with its generator.
     Raises InputError for an unknown task or split, and for a ParallelEnv that cannot be used.
@@ -217,7 +230,21 @@ def make_vec(task: str, num_envs: int, seed: int, split: str | None = None) -> V
         raise InputError(f"num_envs is {num_envs}, expected at least 1")
     if seed < 0:
         raise InputError(f"seed is {seed}, expected 0 or more")
-    return _family(task).make_vec(task, num_envs, seed, split)
+    family = _family(task)
+    if num_workers is None:
+        num_workers = min(num_cores(), num_envs // 2) - 1 if task in TASKS else 0
+    is_batched = task in TASKS and TASKS[task].family in BATCHED
+    if num_workers > 0 and num_envs > 1 and not is_batched:
+        from common.envs.workers import WorkerVecEnv
+
+        return WorkerVecEnv(task, num_envs, seed, split, num_workers)
+    return family.make_vec(task, num_envs, seed, split)
+
+
+def num_cores() -> int:
+    """The cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def parallel_env(task: str, split: str | None = None, render_mode: str | None = None):

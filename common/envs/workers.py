@@ -1,0 +1,227 @@
+"""Environments stepped in parallel processes: the same numbers as in one, on several cores.
+
+Every process, this one too, holds some of the teams in a `VecEnv` of its own. Actions, results and
+orders are in memory that all share; who waits looks at it over and over, and sleeps in between only
+when nothing has come for a while, since a sleeper wakes later than a step takes. The processes are
+plain subprocesses because multiprocessing would import the user's script, and torch with it, in
+each of them.
+"""
+
+import mmap
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from common.envs import VecEnv, make_vec
+
+STEP, CALL = 1, 2
+FENCE = threading.Lock()
+RESULTS = ("obs", "rewards", "terminations", "truncations", "final_obs")
+
+
+def shared_arrays(fd: int, sizes: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """The arrays that the processes share, in the memory behind `fd`; sizes: teams, agents,
+    obs_dim, action_dim and workers."""
+    num_envs, num_agents, obs_dim, action_dim, num_workers = sizes
+    shapes = {
+        "orders": ((2,), np.int64),  # how many so far, and the latest: STEP or CALL
+        "done": ((num_workers, 8), np.int64),  # orders that each has carried out; a cache line each
+        "actions": ((num_envs, num_agents, action_dim), np.float32),
+        "obs": ((num_envs, num_agents, obs_dim), np.float32),
+        "rewards": ((num_envs,), np.float32),
+        "terminations": ((num_envs,), np.bool_),
+        "truncations": ((num_envs,), np.bool_),
+        "final_obs": ((num_envs, num_agents, obs_dim), np.float32),
+    }
+    counts = [int(np.prod(shape)) for shape, _ in shapes.values()]
+    starts, end = [], 0
+    for count, (_, kind) in zip(counts, shapes.values(), strict=True):
+        starts.append(end)
+        end += -(-count * np.dtype(kind).itemsize // 64) * 64
+    if os.fstat(fd).st_size < end:
+        os.ftruncate(fd, end)
+    memory = mmap.mmap(fd, end)
+    return {
+        name: np.frombuffer(memory, kind, count, start).reshape(shape)
+        for (name, (shape, kind)), count, start in zip(shapes.items(), counts, starts, strict=True)
+    }
+
+
+def fence() -> None:
+    """What this process wrote before is seen by the others before what it writes after, on
+    processors that reorder writes as well."""
+    with FENCE:
+        pass
+
+
+def wait(ready: Callable[[], bool], check: Callable[[], None]) -> None:
+    """Until `ready()`: looks without a pause for a millisecond, then sleeps longer and longer, up
+    to 10 ms, and calls `check` as well."""
+    begin = time.perf_counter()
+    while not ready():
+        waited = time.perf_counter() - begin
+        if waited > 1e-3:
+            if waited > 0.1:
+                check()
+            time.sleep(min(waited / 100, 0.01))
+    fence()
+
+
+def kill(processes: list[subprocess.Popen]) -> None:
+    """End the processes."""
+    for process in processes:
+        process.kill()
+        process.wait()
+        try:
+            process.stdin.close()
+        except BrokenPipeError:
+            pass  # killed while it was being told something
+    processes.clear()
+
+
+class WorkerVecEnv(VecEnv):
+    """E teams of a task, stepped by this process and `num_workers` others; steps, seeds and numbers
+    as of `VecEnv`.
+
+    The others start at the first reset and end with `close`, or when this process ends.
+    Raises RuntimeError where one of them dies.
+    """
+
+    def __init__(self, task: str, num_envs: int, seed: int, split: str | None, num_workers: int):
+        self.task, self.split, self.num_workers = task, split, min(num_workers, num_envs - 1)
+        self.shares = [
+            slice(int(rows[0]), int(rows[-1]) + 1)
+            for rows in np.array_split(np.arange(num_envs), self.num_workers + 1)
+        ]
+        self.own = make_vec(task, self.shares[0].stop, seed, split)
+        super().__init__(self.own.teams, seed)
+        self.num_envs = num_envs
+        self.processes: list[subprocess.Popen] = []
+        self.deployment: tuple[int, int] | None = None
+        weakref.finalize(self, kill, self.processes)
+
+    def _begin(self) -> None:
+        root = str(Path(__file__).parents[2])
+        paths = [root, *(path or os.getcwd() for path in sys.path)]  # a user's own task, too
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        sizes = (self.num_envs, self.num_agents, self.obs_dim, self.action_dim, self.num_workers)
+        where = "/dev/shm" if os.path.isdir("/dev/shm") else None
+        with tempfile.TemporaryFile(dir=where) as file:
+            fd = file.fileno()
+            self.shared = shared_arrays(fd, sizes)
+            for number, share in enumerate(self.shares[1:]):
+                process = subprocess.Popen(
+                    [sys.executable, "-m", "common.envs.workers", str(fd)],
+                    stdin=subprocess.PIPE,
+                    env=env,
+                    pass_fds=[fd],
+                    start_new_session=True,  # Ctrl-C is for this process alone
+                )
+                self.processes.append(process)
+                self._tell(process, (self.task, self.split, sizes, number, share))
+            self.shared["orders"][0] = 1  # their first: to begin
+            self._wait()
+        if self.deployment is not None:
+            self.set_deployment(*self.deployment)
+
+    def _tell(self, process: subprocess.Popen, message: tuple) -> None:
+        try:
+            pickle.dump(message, process.stdin)
+            process.stdin.flush()
+        except BrokenPipeError:
+            pass  # `_wait` says so
+
+    def _order(self, kind: int) -> None:
+        self.shared["orders"][1] = kind
+        fence()
+        self.shared["orders"][0] += 1
+
+    def _wait(self) -> None:
+        """Until every process has carried out the latest order."""
+        orders, done = self.shared["orders"], self.shared["done"]
+
+        def check() -> None:
+            for process in self.processes:
+                if process.poll() is not None:
+                    self.close()
+                    raise RuntimeError(f"an environment process died ({process.returncode})")
+
+        wait(lambda: (done[:, 0] == orders[0]).all(), check)
+
+    def restart(self, seeds: list[int | None]) -> np.ndarray:
+        """See `VecEnv.restart`."""
+        if not self.processes:
+            self._begin()
+        for process, share in zip(self.processes, self.shares[1:], strict=True):
+            self._tell(process, ("restart", seeds[share]))
+        self._order(CALL)
+        obs = self.own.restart(seeds[self.shares[0]])
+        self._wait()
+        self.shared["obs"][self.shares[0]] = obs
+        return self.shared["obs"].copy()
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
+        """See `VecEnv.step`."""
+        self.shared["actions"][:] = actions
+        self._order(STEP)
+        found = self.own.step(self.shared["actions"][self.shares[0]])
+        self._wait()
+        for name, values in zip(RESULTS, found, strict=True):
+            self.shared[name][self.shares[0]] = values
+        return tuple(self.shared[name].copy() for name in RESULTS)
+
+    def set_deployment(self, k: int, num_deployments: int) -> None:
+        """See `VecEnv.set_deployment`."""
+        self.deployment = k, num_deployments
+        self.own.set_deployment(k, num_deployments)
+        if self.processes:
+            for process in self.processes:
+                self._tell(process, ("set_deployment", self.deployment))
+            self._order(CALL)
+            self._wait()
+
+    def close(self) -> None:
+        kill(self.processes)
+        self.own.close()
+
+
+def work(fd: int) -> None:
+    """A process: carries out orders until its parent is gone."""
+    told, parent = sys.stdin.buffer, os.getppid()
+    task, split, sizes, number, share = pickle.load(told)
+    shared = shared_arrays(fd, sizes)
+    orders, done = shared["orders"], shared["done"][number]
+    mine = {name: shared[name][share] for name in ("actions", *RESULTS)}
+    vec = make_vec(task, share.stop - share.start, 0, split)
+    done[0] = 1
+
+    def check() -> None:
+        if os.getppid() != parent:
+            sys.exit()
+
+    while True:
+        wait(lambda: orders[0] != done[0], check)
+        if orders[1] == STEP:
+            for name, values in zip(RESULTS, vec.step(mine["actions"]), strict=True):
+                mine[name][:] = values
+        else:
+            method, argument = pickle.load(told)
+            if method == "restart":
+                mine["obs"][:] = vec.restart(argument)
+            else:
+                vec.set_deployment(*argument)
+        fence()
+        done[0] += 1
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]))
