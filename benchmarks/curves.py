@@ -58,9 +58,12 @@ def main(args: Args) -> None:
         curves[strategy] = np.array(list(of_seed.values()))
     print("| strategy | " + " | ".join(f"pi^{k}" for k in range(len(curves[strategy][0]))), end="")
     print(" | improvement % |\n|" + "---|" * (len(curves[strategy][0]) + 2))
+    largest = max(np.abs(returns).max() for returns in curves.values())
+    digits = 0 if largest >= 1000 else 1 if largest >= 10 else 2
     for strategy, returns in curves.items():
         cells = [
-            f"{m:.0f} +- {s:.0f}" for m, s in zip(returns.mean(0), returns.std(0), strict=True)
+            f"{m:.{digits}f} +- {s:.{digits}f}"
+            for m, s in zip(returns.mean(0), returns.std(0), strict=True)
         ]
         gain = 100 * (returns[:, -1] - returns[:, 0]) / np.abs(returns[:, 0])
         print(f"| {strategy} | {' | '.join(cells)} | {gain.mean():.1f} +- {gain.std():.1f} |")
