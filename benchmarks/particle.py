@@ -7,6 +7,8 @@
 
 Predator-prey: `random`; `one` and `three` run straight at the prey; `one planning` and `corner`
 (all three) know the prey's rule and choose their next moves in turn, by what the prey would do.
+Cooperative navigation: `random`; `straight`, to the matched landmark; `one responds` to others that
+move at random, and `all respond` to each other as if the others did.
 """
 
 import time
@@ -83,6 +85,21 @@ def cover(vec: CooperativeNavigation) -> np.ndarray:
     return moves
 
 
+def respond(vec: CooperativeNavigation, agents: int) -> np.ndarray:
+    """Moves (N, 2, E) of the first `agents`: each straight to the landmark where it would lower the
+    sum of distances most if all others stayed, as randomly moving ones nearly do."""
+    n, e = vec.num_agents, np.arange(vec.num_envs)
+    at, landmarks = vec.at[:n], vec.at[n:]
+    apart = np.hypot(*np.moveaxis(at[:, None] - landmarks[None], 2, 0))  # (agent, landmark, E)
+    between = np.hypot(*np.moveaxis(landmarks[:, None] - landmarks[None], 2, 0))
+    moves = np.zeros_like(at)
+    for i in range(agents):
+        others = np.delete(apart, i, axis=0).min(0)  # (landmark, E)
+        target = np.minimum(others[None], between).sum(1).argmin(0)  # (E,)
+        moves[i, :, e] = toward(at[i, :, e], landmarks[target, :, e])
+    return moves
+
+
 def act(vec, play: str, rng: np.random.Generator) -> np.ndarray:
     """Actions (E, N, 2) in the agents' boxes."""
     shape = vec.num_agents, 2, vec.num_envs
@@ -91,6 +108,11 @@ def act(vec, play: str, rng: np.random.Generator) -> np.ndarray:
         moves = rng.uniform(-vec.action_bound, vec.action_bound, shape)
     elif play == "straight":
         moves = cover(vec)
+    elif play == "one responds":
+        moves = rng.uniform(-vec.action_bound, vec.action_bound, shape)
+        moves[0] = respond(vec, 1)[0]
+    elif play == "all respond":
+        moves = respond(vec, vec.num_agents)
     elif play in ("one", "three"):
         agents = slice(1 if play == "one" else 3)
         moves[agents] = toward(vec.at[:-1][agents], vec.at[-1])
@@ -121,6 +143,7 @@ def plays(args: Args) -> list[dict]:
     for task in TASKS:
         if task.startswith("cooperative"):
             todo += [(task, "random", 0), (task, "straight", 0)]
+            todo += [(task, "one responds", 0), (task, "all respond", 0)]
     rows = []
     for task, play, k in todo:
         found = returns(task, play, args.episodes, k)
