@@ -30,12 +30,15 @@ LOG_EVERY = 500  # updates between two rows of losses
 
 def cli(main: Callable, args_type: type) -> None:
     """Parse the command line into `args_type` and call `main(args)`; InputError becomes its message
-    and exit status 2."""
+    and exit status 2, Ctrl-C status 130."""
     try:
         main(parse(args_type, description=sys.modules[main.__module__].__doc__))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:  # before training, which saves and says how to go on
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def parse(args_type: type, argv: list[str] | None = None, description: str | None = None):

@@ -590,6 +590,16 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys, dat
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["progress"] == (0, 7)
 
 
+def test_ctrl_c_while_the_data_is_made_is_no_traceback(monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("common.datasets.load", interrupted)
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, "otc_bcq")
+    assert exit.value.code == 130 and capsys.readouterr().err == "interrupted\n"
+
+
 @every_script
 def test_one_script_and_common_copied_into_an_empty_folder_run(tmp_path, data, script):
     shutil.copy(ROOT / f"{script}.py", tmp_path)
