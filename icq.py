@@ -298,8 +298,8 @@ class ICQ(nn.Module):
         return (obs - self.obs_mean) / self.obs_std
 
     def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """One update of every network on a batch as `Replay.gather` returns it, with the following
-        actions of `Replay.following_actions`; losses (G,)."""
+        """One update of every network on a batch as `Replay.gather_following` returns it; losses
+        (G,)."""
         args = self.args
         obs, next_obs = self.scaled(batch["obs"]), self.scaled(batch["next_obs"])
         actions, next_actions = batch["actions"], batch["next_actions"]
@@ -667,13 +667,8 @@ def main(args: Args) -> None:
             "rng": runs.get_rng_state(device),
         }
 
-    def gather(index: torch.Tensor) -> dict[str, torch.Tensor]:
-        next_actions, is_followed = replay.following_actions(index)
-        following = {"next_actions": next_actions, "is_followed": is_followed}
-        return replay.gather(index) | following
-
     def offline_update() -> dict[str, torch.Tensor]:
-        batch = gather(replay.draw_offline(args.batch_size))
+        batch = replay.gather_following(replay.draw_offline(args.batch_size))
         losses = agent.update(batch)
         if transitions.embedding is not None:
             losses |= transitions.update_embedding(batch)
@@ -681,7 +676,7 @@ def main(args: Args) -> None:
 
     def finetune_update() -> dict[str, torch.Tensor]:
         index = transitions.draw(agent)  # lines 10 to 14
-        losses = agent.update(gather(index))  # line 15
+        losses = agent.update(replay.gather_following(index))  # line 15
         return losses | transitions.diagnostics(index)
 
     def train(update: runs.Graphed, stop: int) -> None:

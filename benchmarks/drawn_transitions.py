@@ -9,9 +9,7 @@ over all of D, or by that of V(s') over B.
 """
 
 import importlib
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import tyro
@@ -44,7 +42,7 @@ def weighted(values: torch.Tensor, distance: torch.Tensor | None, alpha: float) 
 
 
 def look(folder: str, args: Args) -> list[dict]:
-    record = json.loads((Path(folder) / "args.json").read_text())
+    record = runs.read_record(folder)
     script = importlib.import_module(record["script"])
     options = script.Args(**record["args"])
     dataset = datasets.load(options.env, options.dataset, options.dataset_size, options.split)

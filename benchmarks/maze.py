@@ -22,9 +22,9 @@ import tyro
 
 from benchmarks import write_csv
 from common import datasets
-from common.behaviours.rollout import make, num_cores
+from common.behaviours.rollout import make
 from common.behaviours.waypoints import NOISE, Controller
-from common.envs import TASKS, normalized_score, parallel_env
+from common.envs import TASKS, normalized_score, num_cores, parallel_env
 from common.envs.__main__ import shrink
 from common.envs.maze import MazeTeam
 

@@ -162,13 +162,20 @@ class Replay:
         viewers = agents % len(self.obs)
         return self._take(row, rows + viewers * self.num_rows, rows + agents * self.num_rows)
 
-    def following_actions(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The group's action in the row after each of `index` (G, n), and whether that row goes on
-        from there, 1 or 0: (G, n, action_dim), (G, n). Not where an episode or the data ends."""
+    def gather_following(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`gather` with what the group did next in the data.
+
+        Returns:
+            also next_actions (G, n, action_dim), those of the row after each, and is_followed
+            (G, n), 1 where that row goes on from there and 0 where an episode or the data ends.
+        """
         last = self.num_offline + self.num_online - 1
-        here, after = self.gather(index), self.gather(torch.minimum(index + 1, last))
-        goes_on = (here["next_obs"] == after["obs"]).all(2) & (index < last)
-        return after["actions"], goes_on.float() * (1 - here["terminations"])
+        after = self.gather(torch.minimum(index + 1, last))
+        batch = self.gather(index)
+        goes_on = (batch["next_obs"] == after["obs"]).all(2) & (index < last)
+        batch["next_actions"] = after["actions"]
+        batch["is_followed"] = goes_on.float() * (1 - batch["terminations"])
+        return batch
 
     def _take(self, row, viewer_row, agent_row) -> dict[str, torch.Tensor]:
         """The rows of every storage's flattened first two dimensions."""

@@ -338,14 +338,16 @@ def test_following_actions_are_those_of_the_next_row_where_the_episode_goes_on()
     for deployments in (0, 1):
         if deployments:
             add_deployment(replay)
-        actions, is_followed = replay.following_actions(index)
+        batch = replay.gather_following(index)
+        actions, is_followed = batch.pop("next_actions"), batch.pop("is_followed")
         assert torch.equal(is_followed, expected)
+        assert all(torch.equal(batch[key], value) for key, value in replay.gather(index).items())
         own = replay.gather(torch.arange(1, 10).expand(4, -1))["actions"]
         assert torch.equal(actions[:, :9], own)
     # online rows: random numbers do not follow one another, until they are made to
     online = torch.arange(10, 14).expand(4, -1)
-    assert replay.following_actions(online)[1].sum() == 0
+    assert replay.gather_following(online)["is_followed"].sum() == 0
     rows = replay.num_offline + replay.capacity  # seed 1's first online row
     replay.next_obs[0, rows] = replay.obs[0, rows + 1]
-    _, is_followed = replay.following_actions(online)
+    is_followed = replay.gather_following(online)["is_followed"]
     assert is_followed.tolist() == [[0, 0, 0, 0]] * 2 + [[1, 0, 0, 0]] * 2
