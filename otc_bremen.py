@@ -690,7 +690,7 @@ class TransitionSampler(nn.Module):
         self.register_buffer("alpha", torch.full((G,), alpha, device=device))
         # Mean transition distance of the deployment before, for equation (4)
         self.register_buffer("distance", torch.full((G,), torch.nan, device=device))
-        self.embedding = self.density = None
+        self.embedding = self.density = self.latest_embeddings = None
         if args.sampling == "otc" and args.distance == "embedding":
             sizes = (G, obs_dim, action_dim, args.hidden_size, args.embedding_dim)
             self.embedding = EmbeddingVAE(*sizes)
@@ -726,6 +726,8 @@ class TransitionSampler(nn.Module):
             candidates = merged.expand(replay.num_groups, -1)
             if args.distance_candidates < len(merged):
                 candidates = replay.draw_merged(args.distance_candidates)
+            if self.embedding is not None:
+                self.embed_latest(latest)
             distance = self.transition_distance(agent, candidates, latest).mean(1)
             if args.adaptive_alpha and k > 1:
                 alpha = sampler.adapt_alpha(self.alpha, distance, self.distance)
@@ -767,33 +769,57 @@ class TransitionSampler(nn.Module):
     def transition_distance(
         self, agent: nn.Module, candidates: torch.Tensor, references: torch.Tensor
     ):
-        """Distance of each candidate's next state to its best match's: indices (G, B), (G, D) ->
-        (G, B)."""
+        """Distance of each candidate's next state to its best match's: indices (G, B), and (G, D)
+        of the latest deployment's transitions -> (G, B)."""
         exclude = None
         if self.args.exclude_self_matches:
             exclude = sampler.find_self_matches(candidates, references)
-        # Both in one forward pass, at most 4096 at a time
-        features = []
-        for index in torch.cat([candidates, references], dim=1).split(4096, dim=1):
-            batch = self.replay.gather(index)
-            obs, actions, next_obs = batch["obs"], batch["actions"], batch["next_obs"]
-            if self.embedding is not None:
-                features.append(self.embedding.encode(obs, actions, next_obs)[0])
-            else:
-                pair = agent.q_value(obs, actions), agent.value(next_obs)
-                features.append(torch.stack(pair, dim=2))
-        features = torch.cat(features, dim=1)  # (G, B + D, embedding_dim or 2)
-        b, d = features.split([candidates.shape[1], references.shape[1]], dim=1)
         if self.embedding is not None:
             # One embedding of (s, a_i, s') stands for both e(s, a_i) and e(s'): the match's
             # distance is the result.
-            return sampler.match_by_embedding(b, d, exclude)[1]
-        match = sampler.match_by_value(b[..., 0], d[..., 0], exclude)
-        # E[V(s'*)] is over the matches, not over all of D: otherwise low values rank first wherever
-        # the two means differ; see docs/otc.md.
-        v_next = sampler.relative_to_mean(b[..., 1])
-        v_next_star = sampler.relative_to_mean(d[..., 1].gather(1, match))
-        return (v_next - v_next_star).abs()
+            row = (references - self.replay.latest_start).unsqueeze(2)
+            embedded = self.latest_embeddings.take_along_dim(row, dim=1)
+            return sampler.match_by_embedding(self.embed(candidates), embedded, exclude)
+
+        def q_value(batch):
+            return agent.q_value(batch["obs"], batch["actions"])
+
+        def value(batch):
+            return agent.value(batch["next_obs"])
+
+        q = self.in_parts(q_value, torch.cat([candidates, references], dim=1))
+        sizes = [candidates.shape[1], references.shape[1]]
+        match = sampler.match_by_value(*q.split(sizes, dim=1), exclude)
+        # V(s'*) of the matches alone, and its mean over them and not over all of D: otherwise low
+        # values rank first wherever the two means differ; see docs/otc.md.
+        matches = references.gather(1, match)
+        v_next, v_next_star = self.in_parts(value, torch.cat([candidates, matches], dim=1)).chunk(
+            2, 1
+        )
+        return (sampler.relative_to_mean(v_next) - sampler.relative_to_mean(v_next_star)).abs()
+
+    def in_parts(self, function, index: torch.Tensor) -> torch.Tensor:
+        """A function of a batch, on the transitions of `index` (G, n), at most 4096 at a time:
+        (G, n, ...)."""
+        parts = [function(self.replay.gather(part)) for part in index.split(4096, dim=1)]
+        return torch.cat(parts, dim=1)
+
+    def embed(self, index: torch.Tensor) -> torch.Tensor:
+        """(G, n) -> (G, n, embedding_dim)."""
+        return self.in_parts(
+            lambda batch: self.embedding.encode(batch["obs"], batch["actions"], batch["next_obs"])[
+                0
+            ],
+            index,
+        )
+
+    def embed_latest(self, latest: torch.Tensor) -> None:
+        """Embed the whole of D^k, indices (G, M), once: the conditional VAE does not change any
+        more."""
+        if self.latest_embeddings is None:
+            self.latest_embeddings = self.embed(latest)
+        else:  # in place, where a captured graph expects them
+            self.latest_embeddings.copy_(self.embed(latest))
 
     def draw_balanced(self, batch_size: int = 256, temperature: float = 5.0) -> torch.Tensor:
         """Balanced Replay: in proportion to the density ratio, which takes one update and is
@@ -823,8 +849,8 @@ class TransitionSampler(nn.Module):
         return metrics
 
     def get_extra_state(self):
-        """The optimiser's state and Balanced Replay's priorities."""
-        state = {}
+        """The optimiser's state, Balanced Replay's priorities and the embeddings of D^k."""
+        state = {"latest_embeddings": self.latest_embeddings}
         if self.embedding is not None or self.density is not None:
             state["optimizer"] = self.optimizer.state_dict()
         if self.density is not None:
@@ -832,6 +858,8 @@ class TransitionSampler(nn.Module):
         return state
 
     def set_extra_state(self, state) -> None:
+        if state["latest_embeddings"] is not None:
+            self.latest_embeddings = state["latest_embeddings"].to(self.replay.device)
         if "optimizer" in state:
             self.optimizer.load_state_dict(state["optimizer"])
         if "priorities" in state:

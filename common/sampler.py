@@ -48,23 +48,22 @@ def match_by_value(
 
 def match_by_embedding(
     candidates: torch.Tensor, references: torch.Tensor, exclude: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Best match in l1 distance between embeddings, equation (1) with d_e.
+) -> torch.Tensor:
+    """Distance of the best match in l1 distance between embeddings, equation (1) with d_e.
 
     Args:
         candidates: (G, B, d) embeddings of the candidate transitions.
-        references: (G, D, d) embeddings of the online transitions, in random order where ties
-            matter.
+        references: (G, D, d) embeddings of the online transitions.
         exclude: (G, B) position of the reference that a candidate may not be matched with, -1 for
             none.
 
     Returns:
-        (G, B) position of the best-matched reference, and (G, B) its distance. At most `MAX_PAIRS`
-        pairwise distances are in memory at a time.
+        (G, B) distance to the nearest reference. At most `MAX_PAIRS` pairwise distances are in
+        memory at a time.
     """
     num_groups, num_references = references.shape[:2]
     chunk = max(1, MAX_PAIRS // (num_groups * num_references))
-    indices, distances = [], []
+    distances = []
     for start in range(0, candidates.shape[1], chunk):
         pairs = torch.cdist(candidates[:, start : start + chunk], references, p=1)  # (G, b, D)
         if exclude is not None:
@@ -72,10 +71,8 @@ def match_by_embedding(
             pairs = pairs.masked_fill(
                 forbidden == torch.arange(num_references, device=pairs.device), torch.inf
             )
-        distance, index = pairs.min(dim=2)
-        indices.append(index)
-        distances.append(distance)
-    return torch.cat(indices, dim=1), torch.cat(distances, dim=1)
+        distances.append(pairs.amin(dim=2))
+    return torch.cat(distances, dim=1)
 
 
 def find_self_matches(candidates: torch.Tensor, references: torch.Tensor) -> torch.Tensor:

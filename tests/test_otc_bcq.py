@@ -134,10 +134,12 @@ def test_transition_distance_equals_its_definition(distance):
     torch.manual_seed(0)
     args = Args(distance=distance, num_value_actions=1, references=30, candidates=20)
     replay = Replay(random_team(), 2, 2, 40)
-    add_deployment(replay)
     agent = BCQ(4, OBS_DIM, ACTION_DIM, args)
     agent.value = lambda obs: obs.sum(2) + 2.0  # known, and without noise
     transitions = TransitionSampler(replay, args)
+    for k in (1, 2):
+        add_deployment(replay, seed=k)
+        transitions.start_deployment(agent, k)
     b, d = replay.draw_merged(20), replay.draw_latest(30)
     found = transitions.transition_distance(agent, b, d)
     B, D = replay.gather(b), replay.gather(d)
@@ -184,6 +186,7 @@ def test_self_matches_have_distance_zero_unless_excluded():
     for exclude in (False, True):
         args = Args(distance="embedding", exclude_self_matches=exclude)
         transitions = TransitionSampler(replay, args)
+        transitions.start_deployment(None, 1)
         distance = transitions.transition_distance(None, latest, latest)
         assert (distance > 1e-4).all() if exclude else (distance < 1e-4).all()
 

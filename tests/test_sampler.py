@@ -153,17 +153,15 @@ def test_match_by_value_is_the_nearest(size, decimals, device, rng):
 def test_match_by_embedding_is_the_nearest(size, d, device, rng):
     G, B, D = size
     c, r = (rng.normal(size=(G, n, d)).astype(np.float32) for n in (B, D))
-    index, distance = (array(x) for x in match_by_embedding(to(c, device), to(r, device)))
-    expected = brute_match(c, r)
-    assert index.shape == distance.shape == (G, B)
-    np.testing.assert_allclose(distance, expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(distance_to(c, r, index), expected, rtol=1e-5, atol=1e-5)
+    distance = array(match_by_embedding(to(c, device), to(r, device)))
+    assert distance.shape == (G, B)
+    np.testing.assert_allclose(distance, brute_match(c, r), rtol=1e-5, atol=1e-6)
 
 
 def test_both_distances_agree_in_one_dimension(device, rng):
     c, r = to(rng.normal(size=(3, 80)), device), to(rng.normal(size=(3, 60)), device)
-    index, _ = match_by_embedding(c[..., None], r[..., None])
-    assert torch.equal(index, match_by_value(c, r))
+    gap = (c - r.gather(1, match_by_value(c, r))).abs()
+    assert torch.equal(match_by_embedding(c[..., None], r[..., None]), gap)
 
 
 @pytest.mark.parametrize("by", ["value", "embedding"])
@@ -178,21 +176,18 @@ def test_excluded_references_are_not_matched(size, decimals, by, device, rng):
     selves = (exclude >= 0) & (rng.random((G, B)) < 0.7)
     c[selves] = np.take_along_axis(r[..., 0], exclude.clip(0), 1)[selves][:, None]
     forbidden = torch.tensor(exclude, device=device)
-    if by == "value":
-        index = array(match_by_value(to(c[..., 0], device), to(r[..., 0], device), forbidden))
-    else:
-        index, distance = (
-            array(x) for x in match_by_embedding(to(c, device), to(r, device), forbidden)
-        )
-        np.testing.assert_allclose(distance, distance_to(c, r, index), rtol=1e-5, atol=1e-6)
-    assert (index != exclude).all() and index.min() >= 0 and index.max() < D
     expected = brute_match(c, r, exclude)
+    if by == "embedding":
+        distance = array(match_by_embedding(to(c, device), to(r, device), forbidden))
+        np.testing.assert_allclose(distance, expected, rtol=0, atol=1e-6)
+        return
+    index = array(match_by_value(to(c[..., 0], device), to(r[..., 0], device), forbidden))
+    assert (index != exclude).all() and index.min() >= 0 and index.max() < D
     np.testing.assert_allclose(distance_to(c, r, index), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("by", ["value", "embedding"])
 @pytest.mark.parametrize("excluding", [False, True])
-def test_ties_are_uniform_when_references_are_in_random_order(by, excluding, device, rng):
+def test_ties_are_uniform_when_references_are_in_random_order(excluding, device, rng):
     values = np.array([1.0, 1, 1, 5, 5, 9])
     G = 6000
     identity = np.argsort(rng.random((G, 6)), axis=1)  # whose value each reference is
@@ -205,10 +200,7 @@ def test_ties_are_uniform_when_references_are_in_random_order(by, excluding, dev
         exclude = torch.tensor(np.argsort(identity, axis=1)[:, gone], device=device)
         winners = [[i for i in w if i != g] for w, g in zip(winners, gone, strict=True)]
     c, r = to(candidates, device), to(references, device)
-    if by == "value":
-        index = match_by_value(c, r, exclude)
-    else:
-        index, _ = match_by_embedding(c[..., None], r[..., None], exclude)
+    index = match_by_value(c, r, exclude)
     chosen = np.take_along_axis(identity, array(index), axis=1)
     for b, tied in enumerate(winners):
         if len(tied) == 1:
@@ -228,15 +220,14 @@ def test_nan_gives_valid_positions_and_stays_in_its_group(excluding, device, rng
     c, r = to(rng.normal(size=(4, 30)), device), to(rng.normal(size=(4, 20)), device)
     exclude = torch.randint(-1, 20, (4, 30), device=device) if excluding else None
     clean = match_by_value(c, r, exclude)
-    clean_embedding = match_by_embedding(c[..., None], r[..., None], exclude)[0]
+    clean_distance = match_by_embedding(c[..., None], r[..., None], exclude)
     c[0, ::2], r[1, ::3], r[2] = NAN, NAN, NAN
-    for index, expected in (
-        (match_by_value(c, r, exclude), clean),
-        (match_by_embedding(c[..., None], r[..., None], exclude)[0], clean_embedding),
-    ):
-        assert index.min() >= 0 and index.max() < 20
-        assert torch.equal(index[3], expected[3])
-        assert torch.equal(index[0, 1::2], expected[0, 1::2])
+    index = match_by_value(c, r, exclude)
+    assert index.min() >= 0 and index.max() < 20
+    distance = match_by_embedding(c[..., None], r[..., None], exclude)
+    for found, expected in ((index, clean), (distance, clean_distance)):
+        assert torch.equal(found[3], expected[3])
+        assert torch.equal(found[0, 1::2], expected[0, 1::2])
 
 
 def test_columns_of_a_larger_tensor_match_without_warnings(device):
@@ -256,7 +247,7 @@ def test_chunks_do_not_change_the_match(limit, excluding, device, rng, monkeypat
     whole = match_by_embedding(c, r, exclude)
     monkeypatch.setattr(sampler, "MAX_PAIRS", limit)
     parts = match_by_embedding(c, r, exclude)
-    assert torch.equal(whole[0], parts[0]) and torch.equal(whole[1], parts[1])
+    assert torch.equal(whole, parts)
 
 
 def test_memory_of_a_large_match_is_bounded(device):
@@ -299,7 +290,7 @@ def test_self_matches_have_distance_zero_until_they_are_excluded(device, rng):
     for exclude in (None, selves):
         index = match_by_value(b[..., 0], d[..., 0], exclude)
         by_value = (b[..., 0] - d[..., 0].gather(1, index)).abs()
-        for distance in (by_value, match_by_embedding(b, d, exclude)[1]):
+        for distance in (by_value, match_by_embedding(b, d, exclude)):
             assert ((distance == 0) == (among if exclude is None else False)).all()
 
 
@@ -646,8 +637,8 @@ def test_groups_do_not_see_each_other(device, rng):
     for function, inputs in (
         (match_by_value, (values, others)),
         (match_by_value, (values, others, exclude)),
-        (lambda *x: match_by_embedding(*x)[0], (c, r, exclude)),
-        (lambda *x: match_by_embedding(*x)[1], (c, r)),
+        (match_by_embedding, (c, r, exclude)),
+        (match_by_embedding, (c, r)),
         (find_self_matches, (ids, some.sort(1).values)),
         (relative_to_mean, (values,)),
         (adapt_alpha, (alpha, alpha.flip(0), previous)),
@@ -671,7 +662,7 @@ def test_no_call_waits_for_the_host(device):
         match_by_value(c[..., 0], r[..., 0])
         match_by_value(c[..., 0], r[..., 0], exclude)
         match_by_embedding(c, r)
-        _, distance = match_by_embedding(c, r, exclude)
+        distance = match_by_embedding(c, r, exclude)
         relative_to_mean(c[..., 0])
         for replacement in (True, False):
             draw_by_rank(distance, alpha, 16, replacement)

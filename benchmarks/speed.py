@@ -1,0 +1,265 @@
+"""How long one fine-tuning update of every script takes: without OTC, with either distance, for one
+seed and several, eagerly and as a CUDA graph, and where OTC's time goes.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.speed --json speed.json
+
+The strategies of a script are timed in turn within every repetition, so that whatever else the
+machine does falls on all of them; the table shows medians over the repetitions, and ratios within
+them. The second table has the shares of an eager update with OTC: draw (indices and rows), forward
+(networks for the distances), match, rank (and the draw by rank), learner, and the rest. BREMEN's
+time is that of an update of its models; its improvement of the policy, once in `--improve-every`
+updates whatever the strategy, is timed by itself.
+"""
+
+import importlib
+import json
+import platform
+import subprocess
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+import tyro
+
+from common import datasets, runs, sampler
+from common.datasets import TeamDataset
+from common.replay import Replay
+
+LEARNERS = {
+    "otc_bcq": "BCQ",
+    "otc_awac": "AWAC",
+    "otc_cql": "CQL",
+    "otc_td3bc": "TD3BC",
+    "otc_bremen": "BREMEN",
+    "omar": "OMAR",
+    "icq": "ICQ",
+}
+STRATEGIES = {
+    "uniform": {"sampling": "uniform"},
+    "otc (value)": {"sampling": "otc", "distance": "value"},
+    "otc (embedding)": {"sampling": "otc", "distance": "embedding"},
+    "balanced": {"sampling": "balanced"},
+}
+
+
+@dataclass
+class Args:
+    scripts: tuple[str, ...] = tuple(LEARNERS)
+    """scripts to time"""
+    env: str = "halfcheetah-medium"
+    """built-in data; its values do not matter"""
+    num_seeds: tuple[int, ...] = (1, 5, 10)
+    """seeds trained together"""
+    repetitions: int = 5
+    """rounds through all strategies"""
+    seconds: float = 0.2
+    """least time that a strategy is run for in a round"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    json: str | None = None
+    """file for the raw times"""
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What a time was measured on."""
+    cpu = platform.processor() or platform.machine()
+    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc").exists() else ():
+        if line.startswith("model name"):
+            cpu = line.split(":")[1].strip()
+            break
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip()[:7],
+    }
+
+
+def fill(dataset: TeamDataset, num_seeds: int, device: torch.device) -> Replay:
+    """A replay whose one deployment is 1 % of the offline data, drawn from it."""
+    steps = len(dataset) // 100
+    replay = Replay(dataset, num_seeds, 1, steps, device)
+    rows = np.random.default_rng(0).integers(len(dataset), size=(num_seeds, steps))
+    obs, next_obs = (
+        np.repeat(x[rows], replay.num_agents // x.shape[1], axis=2)
+        for x in (dataset.obs, dataset.next_obs)
+    )
+    actions, rewards = dataset.actions[rows], dataset.rewards[rows]
+    replay.add(obs, actions, rewards, next_obs, dataset.terminations[rows])
+    return replay
+
+
+def learner_of(script: str, replay: Replay, options: dict):
+    """A script's agent and sampler after one deployment, and its arguments."""
+    module = importlib.import_module(script)
+    args = module.Args(num_seeds=replay.num_seeds, **options)
+    sizes = (replay.num_groups, replay.obs.shape[2], replay.actions.shape[2])
+    with replay.device:
+        agent = getattr(module, LEARNERS[script])(*sizes, args)
+        transitions = module.TransitionSampler(replay, args)
+    if hasattr(agent, "measure_scales"):
+        agent.measure_scales(replay)
+    transitions.start_deployment(agent, 1)
+    return agent, transitions, args
+
+
+def update_of(script: str, replay: Replay, agent, transitions, args) -> tuple[Callable, Callable]:
+    """The fine-tuning update as in the script's main, and from its number to its kind."""
+    gather = replay.gather_following if script == "icq" else replay.gather
+
+    def update(*kind):
+        index = transitions.draw(agent)
+        losses = agent.update(gather(index), *kind)
+        return losses | transitions.diagnostics(index)
+
+    kind_of = None
+    if script == "otc_td3bc":
+        kind_of = lambda number: number % args.policy_delay == 0  # noqa: E731
+    elif script == "otc_bremen":
+        kind_of = lambda number: "fit"  # noqa: E731
+    return update, kind_of
+
+
+def improvement_of(replay: Replay, agent, args) -> Callable:
+    """BREMEN's improvement of its policy."""
+    return lambda: agent.improve(replay.gather(replay.draw_merged(args.rollouts))["obs"])
+
+
+def stages_of(script: str, replay: Replay, options: dict, updates: int) -> dict[str, float]:
+    """Share of an eager update's time by stage."""
+    agent, transitions, args = learner_of(script, replay, options)
+    update, kind_of = update_of(script, replay, agent, transitions, args)
+    spent, running = defaultdict(float), ["rest"]
+    last = None
+
+    def switch():
+        nonlocal last
+        if replay.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if last is not None:
+            spent[running[-1]] += now - last
+        last = now
+
+    def patch(owner, name, stage):
+        function = getattr(owner, name)
+
+        def timed(*args, **kwargs):
+            switch()
+            # What the learner calls inside its update is the learner's.
+            running.append("learner" if running[-1] == "learner" else stage)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                switch()
+                running.pop()
+
+        return mock.patch.object(owner, name, timed)
+
+    patches = [patch(replay, name, "draw") for name in ("draw_merged", "draw_latest", "gather")]
+    patches += [patch(agent, name, "forward") for name in ("q_value", "value")]
+    if transitions.embedding is not None:
+        patches.append(patch(transitions.embedding, "encode", "forward"))
+    patches += [
+        patch(sampler, "match_by_value", "match"),
+        patch(sampler, "match_by_embedding", "match"),
+        patch(sampler, "draw_by_rank", "rank"),
+        patch(agent, "update", "learner"),
+    ]
+    call = runs.Graphed(update, False, kind_of)
+    for number in range(2):
+        call(number)
+    for each in patches:
+        each.start()
+    switch()
+    for number in range(updates):
+        call(number)
+    switch()
+    for each in patches:
+        each.stop()
+    total = sum(spent.values())
+    names = ("draw", "forward", "match", "rank", "learner", "rest")
+    return {name: spent[name] / total for name in names}
+
+
+def times_of(calls: dict[str, Callable], args: Args, device: torch.device) -> dict:
+    """Milliseconds per call of each function of the call's number, one per repetition, in turn."""
+
+    def seconds(call, count: int) -> float:
+        if device.type != "cuda":
+            start = time.perf_counter()
+            for number in range(count):
+                call(number)
+            return time.perf_counter() - start
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for number in range(count):
+            call(number)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    counts, times = {}, {name: [] for name in calls}
+    for name, call in calls.items():
+        seconds(call, 8 if device.type == "cuda" else 2)  # warm-up and capture
+        pair = max(seconds(call, 2), 1e-5)  # two: TD3+BC's delay
+        counts[name] = 2 * max(1, round(args.seconds / pair))
+    for _ in range(args.repetitions):
+        for name, call in calls.items():
+            times[name].append(1e3 * seconds(call, counts[name]) / counts[name])
+    return times
+
+
+def main(args: Args) -> None:
+    device = runs.pick_device(args)
+    dataset = datasets.load(args.env)
+    what = machine(device)
+    print(args.env, *(f"{key} {value}" for key, value in what.items()), sep=", ")
+    print("\n| script | seeds | mode | update | ms, median | over uniform, median | quartiles |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    times, stages = [], []
+    for num_seeds in args.num_seeds:
+        replay = fill(dataset, num_seeds, device)
+        for script in args.scripts:
+            for mode in ("eager", "graph") if device.type == "cuda" else ("eager",):
+                calls = {}
+                for name, options in STRATEGIES.items():
+                    agent, transitions, its_args = learner_of(script, replay, options)
+                    update, kind_of = update_of(script, replay, agent, transitions, its_args)
+                    calls[name] = runs.Graphed(update, mode == "graph", kind_of)
+                if script == "otc_bremen":
+                    improve = improvement_of(replay, agent, its_args)
+                    calls["improvement"] = runs.Graphed(improve, mode == "graph")
+                found = times_of(calls, args, device)
+                base = np.array(found["uniform"])
+                for name, milliseconds in found.items():
+                    low, middle, high = np.quantile(milliseconds / base, [0.25, 0.5, 0.75])
+                    cells = script, num_seeds, mode, name, f"{np.median(milliseconds):.2f}"
+                    ratios = f"{middle:.2f} | {low:.2f} to {high:.2f}"
+                    print("|", *(f"{cell} |" for cell in cells), ratios, "|", flush=True)
+                    row = {"script": script, "seeds": num_seeds, "mode": mode, "update": name}
+                    times.append(row | {"ms": milliseconds})
+            for name in ("otc (value)", "otc (embedding)"):
+                share = stages_of(script, replay, STRATEGIES[name], 10)
+                stages.append({"script": script, "seeds": num_seeds, "update": name, **share})
+    names = list(stages[0])[3:]
+    print("\n| script | seeds | update |", *(f"{name}, % |" for name in names))
+    print("|---|---|---|" + "---|" * len(names))
+    for row in stages:
+        shares = " | ".join(f"{100 * row[name]:.0f}" for name in names)
+        print(f"| {row['script']} | {row['seeds']} | {row['update']} | {shares} |")
+    if args.json:
+        record = {"args": vars(args), "machine": what, "times": times, "stages": stages}
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
