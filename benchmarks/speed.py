@@ -190,8 +190,9 @@ def stages_of(script: str, replay: Replay, options: dict, updates: int) -> dict[
     return {name: spent[name] / total for name in names}
 
 
-def times_of(calls: dict[str, Callable], args: Args, device: torch.device) -> dict:
-    """Milliseconds per call of each function of the call's number, one per repetition, in turn."""
+def times_of(calls: dict, device: torch.device, least: float, repetitions: int) -> dict:
+    """Milliseconds per call of each function of the call's number, one per repetition, in turn; at
+    least so many seconds of each in a repetition."""
 
     def seconds(call, count: int) -> float:
         if device.type != "cuda":
@@ -211,8 +212,8 @@ def times_of(calls: dict[str, Callable], args: Args, device: torch.device) -> di
     for name, call in calls.items():
         seconds(call, 8 if device.type == "cuda" else 2)  # warm-up and capture
         pair = max(seconds(call, 2), 1e-5)  # two: TD3+BC's delay
-        counts[name] = 2 * max(1, round(args.seconds / pair))
-    for _ in range(args.repetitions):
+        counts[name] = 2 * max(1, round(least / pair))
+    for _ in range(repetitions):
         for name, call in calls.items():
             times[name].append(1e3 * seconds(call, counts[name]) / counts[name])
     return times
@@ -238,7 +239,7 @@ def main(args: Args) -> None:
                 if script == "otc_bremen":
                     improve = improvement_of(replay, agent, its_args)
                     calls["improvement"] = runs.Graphed(improve, mode == "graph")
-                found = times_of(calls, args, device)
+                found = times_of(calls, device, args.seconds, args.repetitions)
                 base = np.array(found["uniform"])
                 for name, milliseconds in found.items():
                     low, middle, high = np.quantile(milliseconds / base, [0.25, 0.5, 0.75])
