@@ -53,6 +53,9 @@ class Args:
     """K, the number of deployments"""
     deployment_steps: int | None = None
     """M, environment steps per deployment and seed; default: 1 % of the offline data"""
+    exploration: Literal["none", "sequential"] = "none"
+    """deployed agents only exploit, or each in turn explores for an equal share of the M steps; the
+    evaluations never explore"""
     batch_size: int = 1024
     """transitions per update"""
     eval_every: int = 10_000
@@ -119,6 +122,8 @@ class Args:
     """discount"""
     tau: float = 0.01
     """rate at which the target networks follow"""
+    exploration_noise: float = 0.1
+    """standard deviation of the Gaussian noise on the actions of an agent that explores"""
     critic: Literal["independent", "centralised"] = "independent"
     """what the critics see: the agent's own observation and action, or those of all agents"""
     omar_coefficient: float | None = None
@@ -467,6 +472,13 @@ class OMAR(nn.Module):
         return self.actor(self.scaled(obs))
 
     @torch.no_grad()
+    def explore(self, obs: torch.Tensor) -> torch.Tensor:
+        """The policy's action with Gaussian noise; shapes as of `act`."""
+        actions = self.act(obs)
+        noise = self.args.exploration_noise * torch.randn_like(actions)
+        return (actions + noise).clamp(-1, 1)
+
+    @torch.no_grad()
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q(s, a_i), the smaller of the live twin critics: (G, batch); nan where the critics are
         centralised and would need the teammates'."""
@@ -678,17 +690,25 @@ class TransitionSampler(nn.Module):
 # --- Deployment ---
 
 
-def act(agent: nn.Module, obs: np.ndarray, num_seeds: int, device: torch.device) -> np.ndarray:
+def act(
+    agent: nn.Module, obs: np.ndarray, num_seeds: int, device: torch.device, explorer: int = -1
+):
     """Actions of every seed's team, E environments per seed: (S * E, N, obs_dim) -> (S * E, N,
-    action_dim)."""
+    action_dim) array. Agent number `explorer` explores; -1: none does."""
     by_group = torch.as_tensor(obs).unflatten(0, (num_seeds, -1)).transpose(1, 2).flatten(0, 1)
-    actions = agent.act(by_group.to(device))  # (G, E, action_dim)
+    by_group, N = by_group.to(device), obs.shape[1]
+    actions = agent.act(by_group)  # (G, E, action_dim)
+    if explorer >= 0:
+        actions[explorer::N] = agent.explore(by_group)[explorer::N]
     by_env = actions.unflatten(0, (num_seeds, -1)).transpose(1, 2).flatten(0, 1)
     return by_env.cpu().numpy()
 
 
-def deploy(envs, agent: nn.Module, steps: int, seed, device: torch.device):
-    """Run pi^{k-1} for M steps, one environment per seed, without exploration.
+def deploy(
+    envs, agent: nn.Module, steps: int, seed, device: torch.device, exploration: str = "none"
+):
+    """Run pi^{k-1} for M steps, one environment per seed; with sequential exploration agent i
+    explores during the i-th of N equal shares of them, section 4.6.
 
     Returns the arguments of `Replay.add`, and each seed's returns of the episodes that began early
     enough to end within the M steps whatever their length, so that short episodes are not
@@ -702,13 +722,15 @@ def deploy(envs, agent: nn.Module, steps: int, seed, device: torch.device):
         "rewards": np.empty((S, steps), np.float32),
         "next_obs": np.empty((S, steps, N, envs.obs_dim), np.float32),
         "terminations": np.empty((S, steps), bool),
+        "explorer": np.empty((S, steps), np.int8),
     }
     returns, episode_return, begun = [[] for _ in range(S)], np.zeros(S), np.zeros(S, int)
     latest_begin = max(0, steps - envs.max_episode_steps)
     for t in range(steps):
-        actions = act(agent, obs, S, device)
+        explorer = t * N // steps if exploration == "sequential" else -1
+        actions = act(agent, obs, S, device, explorer)
         next_obs, rewards, terminations, truncations, final_obs = envs.step(envs.to_box(actions))
-        step_data = (obs, actions, rewards, final_obs, terminations)
+        step_data = (obs, actions, rewards, final_obs, terminations, explorer)
         for array, value in zip(data.values(), step_data, strict=True):
             array[:, t] = value
         obs = next_obs
@@ -829,12 +851,16 @@ def main(args: Args) -> None:
             for each in (envs, eval_envs):  # a task may change between deployments
                 each.set_deployment(k, args.deployments)
             start = time.perf_counter()
-            data, returns = deploy(envs, agent, num_steps, (args.seed, k), device)
+            seed = (args.seed, k)
+            data, returns = deploy(envs, agent, num_steps, seed, device, args.exploration)
             steps_per_second = S * num_steps / (time.perf_counter() - start)
+            exploring = None
+            if args.exploration != "none":  # those episodes do not judge the policy
+                exploring, returns = returns, [[]]
             if not all(returns):  # too short for one whole episode
-                returns = evaluate(eval_envs, agent, S, (args.seed, k), device)
+                returns = evaluate(eval_envs, agent, S, seed, device)
             alpha = transitions.alpha.view(S, N)
-            run.record_return(k - 1, (k - 1) * num_steps, returns, alpha)
+            run.record_return(k - 1, (k - 1) * num_steps, returns, alpha, exploring)
             # Line 5: B^k = B^{k-1} with D^k
             replay.add(**data)
             # Lines 6 to 8: alpha by equation (4)

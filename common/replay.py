@@ -9,6 +9,7 @@ transitions in the order of their collection. Draws and gathers never wait for t
 they can be part of a CUDA graph.
 """
 
+import numpy as np
 import torch
 
 from common.datasets import TeamDataset
@@ -57,6 +58,8 @@ class Replay:
         self.actions = room([a["actions"] for a in agents], action_dim)
         self.rewards = room([dataset.rewards])
         self.terminations = room([dataset.terminations])
+        # The agent that explored, -1: none did; on the host, as no update needs it
+        self.explorer = torch.full((num_seeds, self.capacity), -1, dtype=torch.int8)
 
         group = torch.arange(self.num_groups, device=self.device).unsqueeze(1)  # (G, 1)
         self.agent_rows = (group % self.num_agents) * self.num_rows
@@ -65,12 +68,12 @@ class Replay:
         # Sizes are tensors, so that a captured graph sees them grow.
         self.num_online = torch.zeros((), dtype=torch.long, device=self.device)
 
-    def add(self, obs, actions, rewards, next_obs, terminations) -> None:
+    def add(self, obs, actions, rewards, next_obs, terminations, explorer=None) -> None:
         """Merge one deployment: B^k = B^{k-1} with D^k (Algorithm 1, line 5).
 
         Shapes: obs, next_obs (S, M, N, obs_dim), actions (S, M, N, action_dim), rewards,
-        terminations (S, M). Raises ValueError for other shapes, and for more deployments than there
-        is room for.
+        terminations, explorer (S, M): the agent that explored, -1 (the default) where none did.
+        Raises ValueError for other shapes, and for more deployments than there is room for.
         """
         start = int(self.num_online)
         if start + self.deployment_steps > self.capacity:
@@ -78,6 +81,7 @@ class Replay:
                 f"no room for another deployment: {start} of {self.capacity} rows used"
             )
         each = (self.num_seeds, self.deployment_steps)
+        explorer = np.full(each, -1) if explorer is None else explorer
         team = (*each, self.num_agents)
         for name, array, shape in (
             ("obs", obs, (*team, self.obs.shape[2])),
@@ -85,6 +89,7 @@ class Replay:
             ("rewards", rewards, each),
             ("next_obs", next_obs, (*team, self.obs.shape[2])),
             ("terminations", terminations, each),
+            ("explorer", explorer, each),
         ):
             if array.shape != shape:
                 raise ValueError(f"expected {name} of shape {shape}, not {tuple(array.shape)}")
@@ -98,6 +103,7 @@ class Replay:
                 self.actions[agent, rows] = torch.as_tensor(actions[s, :, agent]).to(self.device)
             self.rewards[0, rows] = torch.as_tensor(rewards[s]).to(self.device)
             self.terminations[0, rows] = torch.as_tensor(terminations[s]).to(self.device).float()
+        self.explorer[:, start : start + self.deployment_steps] = torch.as_tensor(explorer)
         self.num_online += self.deployment_steps
 
     def _draw(self, num_samples: int, size) -> torch.Tensor:
@@ -203,11 +209,14 @@ class Replay:
         state = {
             name: self._online_rows(getattr(self, name))[:, :, :size].clone() for name in names
         }
-        return {**state, "num_online": self.num_online.clone()}
+        explorer = self.explorer[:, :size].clone()
+        return {**state, "explorer": explorer, "num_online": self.num_online.clone()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Put back what `state_dict` returned."""
         size = int(state["num_online"])
         for name in ("obs", "next_obs", "actions", "rewards", "terminations"):
             self._online_rows(getattr(self, name))[:, :, :size] = state[name].to(self.device)
+        if "explorer" in state:  # runs from before agents explored have none
+            self.explorer[:, :size] = state["explorer"]
         self.num_online.fill_(size)

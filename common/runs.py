@@ -379,7 +379,12 @@ class Run:
         self.say(f"offline, {update} updates: return {means.mean():.1f}{spread(returns)}")
 
     def record_return(
-        self, deployment: int, env_steps: int, returns: list[list[float]], alpha: torch.Tensor
+        self,
+        deployment: int,
+        env_steps: int,
+        returns: list[list[float]],
+        alpha: torch.Tensor,
+        exploring: list[list[float]] | None = None,
     ) -> None:
         """A row of returns.csv per seed: the return of pi^k, k = `deployment`, from its episodes.
 
@@ -387,6 +392,8 @@ class Run:
             env_steps: online environment steps that pi^k has learned from.
             returns: the episodes' returns of each seed, S lists.
             alpha: (S, N), the alpha^k that pi^k was fine-tuned with; nan without OTC.
+            exploring: the returns of the episodes of its deployment that explored, which are no
+                part of `returns`; with --exploration only, and never of pi^K.
         """
         means = np.array([np.mean(r) for r in returns])
         omar_data = is_omar(self.args.dataset)
@@ -400,6 +407,10 @@ class Run:
                 "std_return": float(np.std(returns[s])),
                 "normalized_score": float(scores[s]),
             }
+            if self.args.exploration != "none":
+                explored = [] if exploring is None else exploring[s]
+                row["exploring_episodes"] = len(explored)
+                row["exploring_return"] = float(np.mean(explored)) if explored else np.nan
             rows.append(
                 row | {f"alpha_agent_{i}": float(a) for i, a in enumerate(alpha[s].tolist())}
             )
@@ -409,6 +420,9 @@ class Run:
             writer.writerows(rows)
             write_beside(self.folders[s] / "returns.csv", text.getvalue().encode())
         self.log({"charts/episodic_return": means, "charts/normalized_score": scores}, deployment)
+        if exploring is not None and all(exploring):
+            means_exploring = np.array([np.mean(r) for r in exploring])
+            self.log({"charts/exploring_return": means_exploring}, deployment)
         score = "" if np.isnan(scores).all() else f", normalised score {scores.mean():.1f}"
         score += "" if alpha.isnan().any() else f", alpha {alpha.mean():.2f}"
         self.say(

@@ -281,6 +281,21 @@ def test_state_survives_a_file(viewers, deployments, device):  # noqa: F811
     assert all(torch.equal(x, y) for x, y in zip(drawn, again, strict=True))
 
 
+def test_who_explored_is_kept(device):  # noqa: F811
+    replay, other = make(device, deployments=1), make(device)
+    turns = np.arange(S * M).reshape(S, M) % N
+    replay.add(**deployment(1, shared=True), explorer=turns)
+    state = replay.state_dict()
+    other.load_state_dict(state)
+    for r in (replay, other):
+        assert (r.explorer[:, :M] == -1).all() and (r.explorer[:, 2 * M :] == -1).all()
+        assert (r.explorer[:, M : 2 * M].numpy() == turns).all()
+    del state["explorer"]  # as before agents explored
+    other = make(device)
+    other.load_state_dict(state)
+    assert (other.explorer == -1).all() and int(other.num_online) == 2 * M
+
+
 def test_state_holds_a_copy(device):  # noqa: F811
     replay = make(device, deployments=1)
     state = replay.state_dict()

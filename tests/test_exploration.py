@@ -1,0 +1,116 @@
+"""Sequential exploration: one agent at a time, for exactly M steps, and never when evaluated."""
+
+import csv
+import importlib
+
+import numpy as np
+import pytest
+import torch
+
+from tests.helpers import ACTION_DIM, OBS_DIM
+from tests.test_scripts import data, every_script, make, only, run, scalars, tiny  # noqa: F401
+from tests.tiny_task import ENV
+
+
+class Counting:
+    """An environment that ends its episodes after seven steps, and says who acted how."""
+
+    num_agents, obs_dim, action_dim, max_episode_steps = 3, 1, 2, 7
+
+    def __init__(self, num_envs):
+        self.num_envs, self.time, self.seen = num_envs, 0, []
+
+    def reset(self, seed):
+        return np.zeros((self.num_envs, 3, 1), np.float32)
+
+    def to_box(self, actions):
+        return actions
+
+    def step(self, actions):
+        self.seen.append(actions[:, :, 0].copy())
+        self.time += 1
+        obs, no = self.reset(None), np.zeros(self.num_envs, bool)
+        return obs, np.ones(self.num_envs, np.float32), no, no | (self.time % 7 == 0), obs
+
+
+class Marking:
+    """Acts 0, explores 1."""
+
+    def act(self, obs):
+        return torch.zeros(len(obs), obs.shape[1], 2)
+
+    def explore(self, obs):
+        return torch.ones(len(obs), obs.shape[1], 2)
+
+
+@pytest.mark.parametrize("steps", [30, 31, 2])
+@pytest.mark.parametrize("exploration", ["none", "sequential"])
+def test_one_agent_at_a_time_explores_for_its_share_of_exactly_m_steps(exploration, steps):
+    module = importlib.import_module("otc_td3bc")  # the others' `deploy` is the same
+    envs = Counting(num_envs=2)
+    found, returns = module.deploy(envs, Marking(), steps, 0, torch.device("cpu"), exploration)
+    seen = np.stack(envs.seen)  # (steps, S, N)
+    assert len(seen) == steps and (found["actions"][..., 0].swapaxes(0, 1) == seen).all()
+    assert returns == [[7.0] * len(range(0, max(1, steps - 6), 7)) if steps > 6 else []] * 2
+    assert found["explorer"].shape == (2, steps) and found["explorer"].dtype == np.int8
+    if exploration == "none":
+        assert not seen.any() and (found["explorer"] == -1).all()
+        return
+    assert (seen.sum(axis=2) == 1).all()
+    assert (found["explorer"].T == seen.argmax(axis=2)).all()
+    explorer = found["explorer"][0].astype(int)
+    assert (np.diff(explorer) >= 0).all()  # in turn
+    shares = np.bincount(explorer, minlength=3)
+    assert shares.max() - shares.min() <= 1
+
+
+@every_script
+def test_exploring_is_random_in_the_box_and_leaves_the_learner_as_it_is(script):
+    torch.manual_seed(1)
+    agent, _ = make(script, G=3)
+    before = {k: v.clone() for k, v in agent.named_parameters()}
+    obs = torch.randn(3, 400, OBS_DIM)
+    first, second, exploited = agent.explore(obs), agent.explore(obs), agent.act(obs)
+    assert first.shape == exploited.shape == (3, 400, ACTION_DIM)
+    assert first.min() >= -1 and first.max() <= 1
+    assert (first - second).abs().mean(dim=(1, 2)).min() > 0.01
+    assert all(torch.equal(v, before[k]) for k, v in agent.named_parameters())
+
+
+@pytest.mark.parametrize("script", ["otc_td3bc", "omar"])
+def test_gaussian_exploration_has_its_standard_deviation(script):
+    torch.manual_seed(1)
+    agent, _ = make(script, G=2, exploration_noise=0.05)
+    obs = torch.randn(2, 5000, OBS_DIM)
+    noise = agent.explore(obs) - agent.act(obs)  # fresh policies are far from the box's bounds
+    assert noise.mean().item() == pytest.approx(0, abs=0.002)
+    assert noise.std().item() == pytest.approx(0.05, rel=0.03)
+
+
+@every_script
+def test_a_run_that_explores_judges_its_policies_without(
+    tmp_path,
+    monkeypatch,
+    data,  # noqa: F811
+    script,
+):
+    common = ["--env", ENV, "--dataset", data, *tiny(script), "--sampling", "uniform"]
+    run(monkeypatch, script, *common, "--run-dir", tmp_path / "none")
+    run(monkeypatch, script, *common, "--run-dir", tmp_path / "some", "--exploration", "sequential")
+    tables = []
+    for where in ("none", "some"):
+        with (only(tmp_path / where) / "returns.csv").open() as file:
+            tables.append(list(csv.DictReader(file)))
+    plain, explored = tables
+    assert "exploring_return" not in plain[0]
+    assert [row["env_steps"] for row in explored] == ["0", "60", "120"]
+    assert [row["episodes"] for row in explored] == ["10"] * 3  # evaluations
+    assert [row["exploring_episodes"] for row in explored] == ["3", "3", "0"]
+    returns = [float(row["exploring_return"]) for row in explored]
+    assert returns[0] < 0 and returns[1] < 0 and np.isnan(returns[2])
+    assert returns[0] != float(explored[0]["mean_return"])
+    tag = scalars(only(tmp_path / "some"))["charts/exploring_return"]
+    assert list(tag.values()) == pytest.approx(returns[:2])
+    for where, expected in (("none", [-1] * 120), ("some", ([0] * 30 + [1] * 30) * 2)):
+        checkpoint = torch.load(only(tmp_path / where) / "checkpoint.pt", weights_only=True)
+        assert checkpoint["replay"]["explorer"].tolist() == [expected]
