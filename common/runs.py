@@ -78,7 +78,15 @@ def check(args) -> None:
     may_be_0 = {"seed", "offline_updates", "deployments", "clone_updates", "env_workers"}
     above_0 = {"temperature", "target_temperature", "weight_max", "kl_limit", "policy_std"}
     above_0 |= {"penalty_noise"}
-    at_most_1 = {"gamma", "tau", "soft_min", "gae_lambda", "policy_std", "omar_coefficient"}
+    at_most_1 = {
+        "gamma",
+        "tau",
+        "epsilon",
+        "soft_min",
+        "gae_lambda",
+        "policy_std",
+        "omar_coefficient",
+    }
     for field in dataclasses.fields(args):
         name, value = field.name, getattr(args, field.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
