@@ -295,10 +295,11 @@ def make(
     """Write `size` transitions of task's built-in data to `path`, behind a progress bar.
 
     `quality` is random, medium, medium-replay or expert; of the particle tasks random only, of
-    MuJoCo's all but expert, of SMAX's maps random and medium, of the mazes none (""). The file depends on task, quality and size, not
-    on `num_workers` (default: one per core). The last row of each policy has timeouts=True even
-    where the episode is unfinished: an episode of the file is whole if its last row is terminal or
-    reaches the time limit. If another process is making `path`, waits for that instead.
+    MuJoCo's all but expert, of SMAX's maps random and medium, of the mazes none (""). The file
+    depends on task, quality and size, not on `num_workers` (default: one per core). The last row of
+    each policy has timeouts=True even where the episode is unfinished: an episode of the file is
+    whole if its last row is terminal or reaches the time limit. If another process is making
+    `path`, waits for that instead.
     Raises InputError for unknown names, a size below 1 and a place that cannot be written to.
     """
     family = TASKS[task].family if task in TASKS else "mujoco"

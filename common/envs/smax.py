@@ -88,13 +88,14 @@ class Simulator:
         jax, env = self.jax, self.env
         key, step_key, reset_key = jax.random.split(key, 3)
         played = {agent: actions[i] for i, agent in enumerate(env.agents)}
-        _, after, rewards, dones, _ = env.step_env(step_key, state, played)
+        _, after, rewards, _, _ = env.step_env(step_key, state, played)
         alive = after.state.unit_alive
         terminated = ~alive[: self.num_agents].any() | ~alive[self.num_agents :].any()
-        truncated = dones["__all__"] & ~terminated
+        # SMAX itself notices its limit one step later
+        truncated = (after.state.step >= self.max_episode_steps) & ~terminated
         final_obs = self.observe(after)
         _, first, first_obs = self._reset(reset_key)
-        begins = dones["__all__"] & fresh
+        begins = (terminated | truncated) & fresh
         after = self.typed(after)
         after = jax.tree.map(lambda new, old: jax.numpy.where(begins, new, old), first, after)
         obs = jax.numpy.where(begins, first_obs, final_obs)
