@@ -32,7 +32,7 @@ from common.envs import TASKS, make_vec
 
 # Rows of the built-in data: as many as D4RL v2 has; of the particle tasks as the OTC paper has; a
 # maze has one set, without a quality (D4RL's have 1, 2 and 4 million rows); and of family mpe as
-# OMAR has, whose medium-replay is of unknown size
+# OMAR has, whose medium-replay is of unknown size; of SMAX as many as 10,000 episodes have
 MILLION = 1_000_000
 OF_FAMILY = {
     "particle": {"random": MILLION},
@@ -43,6 +43,7 @@ BUILT_IN_SIZES = {
     task: {"random": MILLION, "medium": MILLION, "medium-replay": replay}
     for task, replay in {"halfcheetah": 202_000, "walker2d": 302_000, "hopper": 402_000}.items()
 } | {task: OF_FAMILY[row.family] for task, row in TASKS.items() if row.family in OF_FAMILY}
+BUILT_IN_SIZES["5m_vs_6m"] = {"random": 181_018, "medium": 364_953}
 QUALITIES = ("random", "medium", "medium-replay", "expert", "medium-expert", "full-replay")
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 D4RL_MAZE_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/maze2d/"

@@ -104,6 +104,9 @@ TASKS = {
     "simple-tag": Task("mpe", "simple-tag", "", -6.6, 187.4),
     "simple-world": Task("mpe", "simple-world", "", -8.2, 64.2),
     **{name: Task("smax", name, win_return=1.5) for name in SMAX_MAPS},
+    # Returns of random actions and of the last policy of the built-in data's training, from
+    # docs/results/smax_evaluation.csv
+    "5m_vs_6m": Task("smax", "5m_vs_6m", "", 0.137, 1.602, win_return=1.5),
     **{f"smac-{name}": Task("smac", name, win_return=19.99) for name in SMAC_MAPS},
 }
 
