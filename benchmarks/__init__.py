@@ -4,8 +4,10 @@ import csv
 
 
 def write_csv(path: str, rows: list[dict]) -> None:
-    """Raw numbers: a header from the first row's keys, then a line per row."""
+    """Raw numbers: a header of all rows' keys, then a line per row."""
     with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+        writer = csv.DictWriter(
+            file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n"
+        )
         writer.writeheader()
         writer.writerows(rows)

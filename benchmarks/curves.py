@@ -23,12 +23,20 @@ class Args:
     """folder of run folders"""
     csv: str | None = None
     """file for every run's rows of returns.csv, with its strategy and seed"""
+    column: str = "mean_return"
+    """of returns.csv, such as win_rate"""
     figure: str | None = None
     """PNG file for the curves (needs matplotlib, requirements-dev.txt)"""
 
 
 def name_of(args: dict) -> str:
     """A strategy's name from a run's arguments."""
+    explores = args.get("exploration", "none") != "none"  # older runs had no such argument
+    return sampling_of(args) + (f", {args['exploration']} exploration" if explores else "")
+
+
+def sampling_of(args: dict) -> str:
+    """Which transitions fine-tuning saw."""
     if args["sampling"] != "otc":
         return args["sampling"]
     extras = [] if args["adaptive_alpha"] else [f"alpha {args['alpha']:g}"]
@@ -54,7 +62,7 @@ def main(args: Args) -> None:
         of_seed = {}
         for row in rows:
             if row["strategy"] == strategy:
-                of_seed.setdefault(row["seed"], []).append(float(row["mean_return"]))
+                of_seed.setdefault(row["seed"], []).append(float(row[args.column]))
         curves[strategy] = np.array(list(of_seed.values()))
     print("| strategy | " + " | ".join(f"pi^{k}" for k in range(len(curves[strategy][0]))), end="")
     print(" | improvement % |\n|" + "---|" * (len(curves[strategy][0]) + 2))
@@ -79,7 +87,10 @@ def main(args: Args) -> None:
             x, mean, std = np.arange(returns.shape[1]), returns.mean(0), returns.std(0)
             (line,) = axis.plot(x, mean, marker="o", markersize=3, label=strategy)
             axis.fill_between(x, mean - std, mean + std, color=line.get_color(), alpha=0.12, lw=0)
-        axis.set(xlabel="deployments fine-tuned on", ylabel="return")
+        axis.set(
+            xlabel="deployments fine-tuned on",
+            ylabel=args.column.removeprefix("mean_").replace("_", " "),
+        )
         axis.legend(fontsize=8)
         figure.tight_layout()
         figure.savefig(args.figure, dpi=120)

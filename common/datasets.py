@@ -32,7 +32,7 @@ from common.envs import TASKS, make_vec
 
 # Rows of the built-in data: as many as D4RL v2 has; of the particle tasks as the OTC paper has; a
 # maze has one set, without a quality (D4RL's have 1, 2 and 4 million rows); and of family mpe as
-# OMAR has, whose medium-replay is of unknown size
+# OMAR has, whose medium-replay is of unknown size; of SMAX as many as 10,000 episodes have
 MILLION = 1_000_000
 OF_FAMILY = {
     "particle": {"random": MILLION},
@@ -43,6 +43,7 @@ BUILT_IN_SIZES = {
     task: {"random": MILLION, "medium": MILLION, "medium-replay": replay}
     for task, replay in {"halfcheetah": 202_000, "walker2d": 302_000, "hopper": 402_000}.items()
 } | {task: OF_FAMILY[row.family] for task, row in TASKS.items() if row.family in OF_FAMILY}
+BUILT_IN_SIZES["5m_vs_6m"] = {"random": 181_018, "medium": 364_953}
 QUALITIES = ("random", "medium", "medium-replay", "expert", "medium-expert", "full-replay")
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 D4RL_MAZE_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/maze2d/"
@@ -67,6 +68,8 @@ class TeamDataset:
     """(n,) bool: the episode ends here otherwise: time limit, end or cut of the data"""
     source: str
     """which data this is, in one line"""
+    discrete: bool = False
+    """actions are one-hot, and obs ends with the legal ones; see `common.envs.VecEnv`"""
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -136,8 +139,9 @@ def built_in_path(task: str, quality: str, size: int) -> Path:
         "particle": ["envs/particle.py"],
         "maze": ["envs/maze.py", "behaviours/waypoints.py"],
         "mpe": ["envs/particle.py", "envs/mpe.py", f"envs/{task}-prey.npz"],
+        "smax": ["envs/smax.py", "behaviours/battles.py"],
     }[TASKS[task].family]
-    if TASKS[task].family == "mpe" and quality != "random":
+    if TASKS[task].family in ("mpe", "smax") and quality != "random":
         makers.append(f"behaviours/{task}.npz")
     checksum = 0
     for maker in makers:
@@ -152,7 +156,11 @@ def is_omar(dataset: str) -> bool:
 
 
 def load(
-    env: str, dataset: str = "built-in", size: int | None = None, split: str | None = None
+    env: str,
+    dataset: str = "built-in",
+    size: int | None = None,
+    split: str | None = None,
+    discrete: bool = False,
 ) -> TeamDataset:
     """The data of `env`, task-quality or package.module:factory (then `dataset` must be a file
     or folder).
@@ -160,7 +168,7 @@ def load(
     `dataset` is built-in, d4rl, minari, a Minari id, a file in D4RL's layout or a folder in OMAR's.
     Built-in data is made once, d4rl and minari are fetched once. `size` is the number of
     transitions: built-in data is made at that size; of other data whole episodes are taken, spread
-    evenly, the last one cut.
+    evenly, the last one cut. `discrete` is the kind of actions that the learner is for.
     Raises InputError for whatever is wrong with the names, the size or the data.
     """
     task, quality = parse_env(env)
@@ -187,10 +195,17 @@ def load(
         raise InputError(f"--env {env} names no data quality, expected for example {examples}")
     vec = make_vec(task, 1, 0, split)
     vec.close()
+    if vec.discrete != discrete:
+        kinds = ("continuous", "discrete") if discrete else ("discrete", "continuous")
+        hint = "one of the other scripts" if discrete else "otc_cql_discrete.py"
+        raise InputError(f"--env {env}: {kinds[0]} actions, this script is for {kinds[1]}: {hint}")
 
     if dataset == "built-in":
         path = _built_in(task, quality, size)
-        data, name = _read_hdf5(path), f"built-in {env} (made on this machine, not D4RL)"
+        made = "made on this machine, not D4RL"
+        if TASKS[task].family == "smax":
+            made = "SMAX, made on this machine, not SMAC"
+        data, name = _read_hdf5(path), f"built-in {env} ({made})"
     elif dataset == "d4rl":
         path = _d4rl(task, quality)
         data, name = _read_hdf5(path), f"D4RL {path.stem}"
@@ -285,7 +300,32 @@ def _team(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> TeamD
         obs, actions, rewards, next_obs = obs[keep], actions[keep], rewards[keep], next_obs[keep]
         terminations, truncations = terminations[keep], truncations[keep]
     truncations[-1] = not terminations[-1]
-    return TeamDataset(obs, actions, rewards, next_obs, terminations, truncations, where)
+    if vec.discrete:
+        _check_discrete(obs, actions, next_obs, where)
+    ends = terminations, truncations
+    return TeamDataset(obs, actions, rewards, next_obs, *ends, where, vec.discrete)
+
+
+def _check_discrete(obs, actions, next_obs, where: str) -> None:
+    """Raises InputError unless masks are of 0 and 1 and every agent takes one action that is legal,
+    or none where none is."""
+    legal = obs[..., -actions.shape[2] :]
+    for name, values in (
+        ("observations", legal),
+        ("next_observations", next_obs[..., -actions.shape[2] :]),
+        ("actions", actions),
+    ):
+        wrong = ~((values == 0) | (values == 1)).reshape(len(values), -1).all(axis=1)
+        if wrong.any():
+            what = "one-hot actions" if name == "actions" else "masks of legal actions at the end"
+            raise InputError(f"{where}: {name}, row {wrong.argmax()}: expected {what}, of 0 and 1")
+    expected = legal.any(axis=-1)  # a dead agent takes none
+    wrong = ((actions.sum(axis=2) != expected) | ((actions > legal).any(axis=2))).any(axis=1)
+    if wrong.any():
+        raise InputError(
+            f"{where}: actions, row {wrong.argmax()}: expected one legal action of every agent, "
+            "and none of a dead one"
+        )
 
 
 def _next_unknown(terminals: np.ndarray, timeouts: np.ndarray) -> np.ndarray:
@@ -307,9 +347,9 @@ def _thin(team: TeamDataset, size: int) -> TeamDataset:
             taken += len(rows[-1])
         start = end
     rows = np.concatenate(rows)
-    arrays = {key: value[rows] for key, value in vars(team).items() if key != "source"}
+    arrays = {k: v[rows] for k, v in vars(team).items() if isinstance(v, np.ndarray)}
     arrays["truncations"][-1] = not arrays["terminations"][-1]
-    return TeamDataset(**arrays, source=team.source)
+    return replace(team, **arrays)
 
 
 # --- Where raw arrays come from ---

@@ -4,6 +4,10 @@ The offline data is held once, whatever the number of seeds; each seed has its o
 Observations and rewards belong to the team, actions are kept per agent: a group's batch holds its
 own agent's actions and no other's.
 
+Where agents die (discrete tasks, see `common.envs.VecEnv`), what follows is nothing to learn from:
+an agent's rows in which it is dead stand for others of its own in which it is alive, evenly spread
+over the offline data or over the same deployment.
+
 An index counts a group's own transitions: 0 ... num_offline-1 are offline, then come its online
 transitions in the order of their collection. Draws and gathers never wait for the host, so that
 they can be part of a CUDA graph.
@@ -58,6 +62,12 @@ class Replay:
         self.actions = room([a["actions"] for a in agents], action_dim)
         self.rewards = room([dataset.rewards])
         self.terminations = room([dataset.terminations])
+        # The row that each row stands for (N, num_rows), where agents die
+        self.stand_ins = None
+        if dataset.discrete:
+            rows = torch.arange(self.num_rows, device=self.device)
+            self.stand_ins = rows.repeat(self.num_agents, 1)
+        self.replace_dead(0, self.num_offline)
         # The agent that explored, -1: none did; on the host, as no update needs it
         self.explorer = torch.full((num_seeds, self.capacity), -1, dtype=torch.int8)
 
@@ -103,8 +113,21 @@ class Replay:
                 self.actions[agent, rows] = torch.as_tensor(actions[s, :, agent]).to(self.device)
             self.rewards[0, rows] = torch.as_tensor(rewards[s]).to(self.device)
             self.terminations[0, rows] = torch.as_tensor(terminations[s]).to(self.device).float()
+            self.replace_dead(rows.start, rows.stop)
         self.explorer[:, start : start + self.deployment_steps] = torch.as_tensor(explorer)
         self.num_online += self.deployment_steps
+
+    def replace_dead(self, start: int, stop: int) -> None:
+        """Let the rows start ... stop-1 in which an agent is dead stand for those in which it is
+        alive."""
+        if self.stand_ins is None:
+            return
+        legal = self.obs[:, start:stop, -self.actions.shape[2] :]
+        for agent, alive in enumerate((legal > 0).any(2).expand(self.num_agents, -1)):
+            living, dead = (torch.nonzero(x).squeeze(1) + start for x in (alive, ~alive))
+            if len(living):
+                spread = torch.arange(len(dead), device=self.device) * len(living)
+                self.stand_ins[agent, dead] = living[spread // max(1, len(dead))]
 
     def _draw(self, num_samples: int, size) -> torch.Tensor:
         # float64: a float32 uniform has too few values to reach each of a million transitions
@@ -151,6 +174,8 @@ class Replay:
             all float32.
         """
         row = index + self.is_online(index) * self.seed_rows
+        if self.stand_ins is not None:
+            row = self.stand_ins.take(self.agent_rows + row)
         return self._take(row, row + self.viewer_rows, row + self.agent_rows)
 
     def gather_team(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -217,6 +242,9 @@ class Replay:
         size = int(state["num_online"])
         for name in ("obs", "next_obs", "actions", "rewards", "terminations"):
             self._online_rows(getattr(self, name))[:, :, :size] = state[name].to(self.device)
+        for first in range(self.num_offline, self.num_rows, max(1, self.capacity)):
+            for start in range(first, first + size, self.deployment_steps):
+                self.replace_dead(start, start + self.deployment_steps)
         if "explorer" in state:  # runs from before agents explored have none
             self.explorer[:, :size] = state["explorer"]
         self.num_online.fill_(size)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from common import InputError
 from common.datasets import is_omar, parse_env
-from common.envs import normalized_score
+from common.envs import normalized_score, win_rate
 
 LOG_EVERY = 500  # updates between two rows of losses
 
@@ -79,7 +79,15 @@ def check(args) -> None:
     may_be_0 = {"seed", "offline_updates", "deployments", "clone_updates", "env_workers"}
     above_0 = {"temperature", "target_temperature", "weight_max", "kl_limit", "policy_std"}
     above_0 |= {"penalty_noise"}
-    at_most_1 = {"gamma", "tau", "soft_min", "gae_lambda", "policy_std", "omar_coefficient"}
+    at_most_1 = {
+        "gamma",
+        "tau",
+        "epsilon",
+        "soft_min",
+        "gae_lambda",
+        "policy_std",
+        "omar_coefficient",
+    }
     for field in dataclasses.fields(args):
         name, value = field.name, getattr(args, field.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -412,7 +420,9 @@ class Run:
         """
         means = np.array([np.mean(r) for r in returns])
         omar_data = is_omar(self.args.dataset)
-        scores = normalized_score(parse_env(self.args.env)[0], means, omar_data)
+        task = parse_env(self.args.env)[0]
+        scores = normalized_score(task, means, omar_data)
+        wins = [win_rate(task, each) for each in returns]
         for s, rows in enumerate(self.rows):
             row = {
                 "deployment": deployment,
@@ -422,6 +432,8 @@ class Run:
                 "std_return": float(np.std(returns[s])),
                 "normalized_score": float(scores[s]),
             }
+            if wins[s] is not None:
+                row["win_rate"] = wins[s]
             if self.args.exploration != "none":
                 explored = [] if exploring is None else exploring[s]
                 row["exploring_episodes"] = len(explored)
@@ -439,6 +451,9 @@ class Run:
             means_exploring = np.array([np.mean(r) for r in exploring])
             self.log({"charts/exploring_return": means_exploring}, deployment)
         score = "" if np.isnan(scores).all() else f", normalised score {scores.mean():.1f}"
+        if None not in wins:
+            self.log({"charts/win_rate": np.array(wins)}, deployment)
+            score += f", {100 * np.mean(wins):.0f} % won"
         score += "" if alpha.isnan().any() else f", alpha {alpha.mean():.2f}"
         self.say(
             f"pi^{deployment}: return {means.mean():.1f}{spread(returns)} "
@@ -489,7 +504,7 @@ class Run:
 
     def finish(self) -> None:
         """Print the closing table: return of pi^0 and pi^K and the improvement, per seed and over
-        seeds."""
+        seeds; of tasks that can be won also how often they are."""
         self.close()
         first = np.array([rows[0]["mean_return"] for rows in self.rows])
         last = np.array([rows[-1]["mean_return"] for rows in self.rows])
@@ -497,15 +512,21 @@ class Run:
         with np.errstate(divide="ignore", invalid="ignore"):  # no improvement in % of 0
             improvement = 100 * (last - first) / np.abs(first)
         final = f"pi^{self.rows[0][-1]['deployment']}"
-        lines = [f"{'seed':>12}{'pi^0':>12}{final:>12}{'improvement':>14}{'score':>9}"]
-        rows = list(zip(map(str, self.seeds), first, last, improvement, score, strict=True))
+        columns, header = [first, last, improvement, score], ""
+        if "win_rate" in self.rows[0][0]:
+            columns += [
+                100 * np.array([rows[i]["win_rate"] for rows in self.rows]) for i in (0, -1)
+            ]
+            header = f"{'won by pi^0':>14}{f'by {final}':>10}"
+        lines = [f"{'seed':>12}{'pi^0':>12}{final:>12}{'improvement':>14}{'score':>9}{header}"]
+        rows = list(zip(map(str, self.seeds), *columns, strict=True))
         if len(self.seeds) > 1:
-            columns = (first, last, improvement, score)
             rows.append(("mean", *(c.mean() for c in columns)))
             rows.append(("std", *(c.std() for c in columns)))
         for name, *values in rows:
-            a, b, change, points = values
-            lines.append(f"{name:>12}{a:12.1f}{b:12.1f}{change:12.1f} %{points:9.1f}")
+            a, b, change, points, *won = values
+            text = "".join(f"{x:{n}.1f} %" for x, n in zip(won, (12, 8), strict=False))
+            lines.append(f"{name:>12}{a:12.1f}{b:12.1f}{change:12.1f} %{points:9.1f}{text}")
         print("\n" + "\n".join(lines))
         print(
             f"\n{self.folders[0]}"

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from common import runs
 from common.replay import Replay
 from tests.helpers import ACTION_DIM, OBS_DIM, add_deployment, random_batch, random_team
-from tests.tiny_task import ENV, write_data
+from tests.tiny_task import DISCRETE_ENV, ENV, write_data, write_discrete_data
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +39,7 @@ SCRIPTS = {
     ),
     "omar": ("OMAR", "--sampler-samples 3 --num-penalty-actions 3", [100, 100]),
     "icq": ("ICQ", "", [100, 100]),
+    "otc_cql_discrete": ("DiscreteCQL", "", [100]),
 }
 QUICK = (
     "--offline-updates 60 --deployments 2 --deployment-steps 60 --finetune-updates 20 "
@@ -301,13 +302,23 @@ def test_graph_equals_eager_on_a_gpu(script, strategy):
 
 @pytest.fixture
 def data(tmp_path):
+    write_discrete_data(tmp_path / "steps.hdf5")
     return write_data(tmp_path / "point.hdf5")
+
+
+def for_learner(script, argv):
+    """The arguments as text; those of the tiny task are its discrete twin's where need be."""
+    argv = [str(each) for each in argv]
+    if script == "otc_cql_discrete":
+        argv = [DISCRETE_ENV if each == ENV else each for each in argv]
+        argv = [each.replace("point.hdf5", "steps.hdf5") for each in argv]
+    return argv
 
 
 def run(monkeypatch, script, *argv):
     """Run a script in this process; its signal handlers go with it."""
     module = importlib.import_module(script)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *for_learner(script, argv)])
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         runs.cli(module.main, module.Args)
@@ -607,7 +618,8 @@ def test_one_script_and_common_copied_into_an_empty_folder_run(tmp_path, data, s
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=ignore)
     (tmp_path / "tests").mkdir()
     shutil.copy(ROOT / "tests" / "tiny_task.py", tmp_path / "tests")
-    command = [sys.executable, f"{script}.py", "--env", ENV, "--dataset", str(data), *tiny(script)]
+    task = for_learner(script, ["--env", ENV, "--dataset", data])
+    command = [sys.executable, f"{script}.py", *task, *tiny(script)]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120

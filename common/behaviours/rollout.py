@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common import InputError, nearest
-from common.behaviours import teams, uniform, waypoints
+from common.behaviours import battles, teams, uniform, waypoints
 from common.datasets import data_name
 from common.envs import TASKS, num_cores
 from common.envs.mujoco import make_single
@@ -249,6 +249,10 @@ def _write(file: h5py.File, task: str, quality: str, size: int, num_workers: int
         for module in (mujoco, np):
             file[f"metadata/versions/{module.__name__}"] = module.__version__
         return
+    if TASKS[task].family == "smax":
+        with bar:
+            battles.write(file, task, quality, size, bar)
+        return
     if TASKS[task].family in TEAM_FAMILIES:
         with bar:
             teams.write(file, task, quality, size, bar)
@@ -291,21 +295,23 @@ def make(
     """Write `size` transitions of task's built-in data to `path`, behind a progress bar.
 
     `quality` is random, medium, medium-replay or expert; of the particle tasks random only, of
-    MuJoCo's all but expert, of the mazes none (""). The file depends on task, quality and size, not
-    on `num_workers` (default: one per core). The last row of each policy has timeouts=True even
-    where the episode is unfinished: an episode of the file is whole if its last row is terminal or
-    reaches the time limit. If another process is making `path`, waits for that instead.
+    MuJoCo's all but expert, of SMAX's maps random and medium, of the mazes none (""). The file
+    depends on task, quality and size, not on `num_workers` (default: one per core). The last row of
+    each policy has timeouts=True even where the episode is unfinished: an episode of the file is
+    whole if its last row is terminal or reaches the time limit. If another process is making
+    `path`, waits for that instead.
     Raises InputError for unknown names, a size below 1 and a place that cannot be written to.
     """
     family = TASKS[task].family if task in TASKS else "mujoco"
     known = {"mujoco": QUALITIES[:3], "particle": QUALITIES[:1], "maze": ("",)}
+    known["smax"] = battles.QUALITIES
     expected = known.get(family, QUALITIES)
     if quality not in expected:
         hint = nearest(quality, expected) if expected[0] else "expected none"
         raise InputError(f"unknown built-in data quality {quality!r} of {task}: {hint}")
     if size < 1:
         raise InputError(f"built-in data of {size} transitions: expected at least 1")
-    if family == "mujoco" or (family in TEAM_FAMILIES and quality != "random"):
+    if family == "mujoco" or (family in (*TEAM_FAMILIES, "smax") and quality != "random"):
         load_policies(task)
     path = Path(path)
     partial = Path(f"{path}.partial")

@@ -47,6 +47,8 @@ def episodes(
             columns.append((state, joint, rewards, next_state, terminations, timeouts, running))
             running = running & ~(terminations | truncations)
             obs = next_obs
+            if not running.any():
+                break
         obs = vec.reset()  # those that ended early have begun a further episode
         names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
         *columns, kept = (np.stack(column, axis=1) for column in zip(*columns, strict=True))
@@ -54,7 +56,12 @@ def episodes(
 
 
 def append(
-    file: h5py.File, batches: Iterator[dict[str, np.ndarray]], rows: range, size: int, bar: tqdm
+    file: h5py.File,
+    batches: Iterator[dict[str, np.ndarray]],
+    rows: range,
+    size: int,
+    bar: tqdm,
+    compression: str | None = None,
 ) -> None:
     """Fill a range of the rows of a file of `size`; the last row ends its episode, whole or not."""
     done = rows.start
@@ -63,7 +70,8 @@ def append(
         n = min(len(arrays["rewards"]), rows.stop - done)
         for key, values in arrays.items():
             if key not in file:
-                file.create_dataset(key, (size, *values.shape[1:]), values.dtype)
+                shape = size, *values.shape[1:]
+                file.create_dataset(key, shape, values.dtype, compression=compression)
             file[key][done : done + n] = values[:n]
         done += n
         bar.update(n)

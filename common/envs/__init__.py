@@ -34,6 +34,8 @@ class Task:
     """further arguments of `gymnasium.make`, or of the task's class"""
     local: bool = False
     """each agent observes its own joints instead of the full state"""
+    win_return: float | None = None
+    """an episode with at least this return is won; None: nothing is won or lost"""
 
 
 # Returns of uniform actions and of scripted play, measured by benchmarks/particle.py
@@ -51,6 +53,13 @@ COOPERATIVE_NAVIGATION = {
 # Returns of uniform actions and of the expert of the built-in data, from
 # docs/results/team_evaluation.csv
 SIMPLE_SPREAD = {1: (32.6, 200.9), 2: (90.9, 392.9), 4: (246.2, 476.2), 5: (335.9, 394.6)}
+# SMAX's maps on which the allies are of one type, and SMAC's. A victory pays 1 in SMAX, all damage
+# together 1 as well; in SMAC with its default rewards a victory brings the return to 20.
+SMAX_MAPS = ("3m", "8m", "25m", "5m_vs_6m", "10m_vs_11m", "27m_vs_30m", "3s_vs_5z", "6h_vs_8z")
+SMAC_MAPS = (
+    "3m 8m 25m 5m_vs_6m 8m_vs_9m 10m_vs_11m 27m_vs_30m 2m_vs_1z 2s_vs_1sc 3s_vs_3z 3s_vs_4z "
+    "3s_vs_5z 6h_vs_8z 2c_vs_64zg corridor so_many_baneling"
+).split()
 TASKS = {
     "halfcheetah": Task("mujoco", "HalfCheetah-v5", "2x3", -280.178953, 12135.0),
     # v5's own model has another friction on the right foot than the one D4RL's data comes from
@@ -94,6 +103,11 @@ TASKS = {
     },
     "simple-tag": Task("mpe", "simple-tag", "", -6.6, 187.4),
     "simple-world": Task("mpe", "simple-world", "", -8.2, 64.2),
+    **{name: Task("smax", name, win_return=1.5) for name in SMAX_MAPS},
+    # Returns of random actions and of the last policy of the built-in data's training, from
+    # docs/results/smax_evaluation.csv
+    "5m_vs_6m": Task("smax", "5m_vs_6m", "", 0.137, 1.602, win_return=1.5),
+    **{f"smac-{name}": Task("smac", name, win_return=19.99) for name in SMAC_MAPS},
 }
 
 # OMAR's (random, expert) returns, as MADiff's appendix G.1 and, for HalfCheetah, other users of its
@@ -106,7 +120,7 @@ OMAR_RETURNS = {
 }
 
 # Families whose teams step together as arrays
-BATCHED = ("particle", "mpe")
+BATCHED = ("particle", "mpe", "smax")
 
 # Of agents 0, 1, ... in every picture (Matplotlib's ten)
 AGENT_COLOURS = (
@@ -130,7 +144,13 @@ class VecEnv:
     `max_episode_steps`, `reset(seed) -> obs`, `close()` and
     `step(actions (N, action_dim)) -> obs, reward, terminated, truncated`;
     its obs is (N, obs_dim), or (obs_dim,) where all agents see the same.
+
+    Where a team has `discrete = True`, its actions are one-hot, and the last `action_dim` entries
+    of an agent's obs say which are legal: 1 or 0, all 0 once the agent is dead. Whatever it is
+    given, the environment plays the legal action with the largest entry.
     """
+
+    discrete = False
 
     def __init__(self, teams: Sequence, seed: int):
         self.teams = teams
@@ -140,7 +160,9 @@ class VecEnv:
         self.action_low, self.action_high = teams[0].action_low, teams[0].action_high
         self.action_dim = self.action_low.shape[1]
         self.max_episode_steps = teams[0].max_episode_steps
-        self.unit_box = bool((self.action_low == -1).all() and (self.action_high == 1).all())
+        self.discrete = getattr(teams[0], "discrete", False)
+        unit_box = bool((self.action_low == -1).all() and (self.action_high == 1).all())
+        self.unit_box = unit_box or self.discrete  # actions are played as the learners have them
         self.first_seed = seed
         self.elapsed = np.zeros(self.num_envs, dtype=np.int64)  # steps of each running episode
 
@@ -253,6 +275,21 @@ def parallel_env(task: str, split: str | None = None, render_mode: str | None = 
     Raises InputError for an unknown task or split.
     """
     return _family(task).parallel_env(task, split, render_mode)
+
+
+def win_rate(task: str, returns: list[float]) -> float | None:
+    """Share of episodes that were won, by their returns; None where nothing is won or lost."""
+    row = TASKS.get(task)
+    if row is None or row.win_return is None:
+        return None
+    return float(np.mean(np.asarray(returns) >= row.win_return))
+
+
+def choose(actions: np.ndarray, legal: np.ndarray, idle: int) -> np.ndarray:
+    """The number of the legal action with the largest entry: both (..., action_dim) -> (...) int32;
+    `idle` where none is legal."""
+    best = np.where(legal, actions, -np.inf).argmax(axis=-1)
+    return np.where(legal.any(axis=-1), best, idle).astype(np.int32)
 
 
 def normalized_score(task: str, returns: np.ndarray | float, omar_data: bool = False) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Any PettingZoo ParallelEnv with Box spaces as a team.
+"""Any PettingZoo ParallelEnv with Box spaces, or with Discrete actions, as a team.
 
 `package.module:factory` names a callable without arguments that makes the environment.
 
@@ -8,6 +8,9 @@
 - Observations and actions are flattened. Where the agents' sizes differ, the smaller ones are
   padded: observations with zeros, action bounds with [-1, 1] (so that scaling to them works); what
   a policy puts there never reaches the environment.
+- With Discrete actions, of one number for all agents, an agent's observations are a Box, then all
+  its actions are legal, or a Dict of `observation` and `action_mask`. A dead agent stays until the
+  episode ends, with a mask of zeros, and is told to take action 0.
 - An episode has at most the environment's own `max_episode_steps`, or 1000 where it has none.
 """
 
@@ -16,11 +19,11 @@ from collections.abc import Callable
 from importlib import import_module
 
 import numpy as np
-from gymnasium.spaces import Box
+from gymnasium.spaces import Box, Dict, Discrete
 from pettingzoo import ParallelEnv
 
 from common import InputError, nearest
-from common.envs import VecEnv
+from common.envs import VecEnv, choose
 
 
 def find_factory(name: str) -> Callable[..., ParallelEnv]:
@@ -64,20 +67,37 @@ class ParallelTeam:
             for kind in ("observation", "action"):
                 space = getattr(env, f"{kind}_space")(agent)
                 what = f"{name!r}: the {kind} space of agent {agent!r} is {space}"
+                if kind == "action" and isinstance(space, Discrete):
+                    continue
+                if kind == "observation" and isinstance(space, Dict):
+                    if set(space) == {"observation", "action_mask"}:
+                        space = space["observation"]
                 if not isinstance(space, Box):
                     raise InputError(f"{what}, expected a Box")
                 if kind == "action" and not space.is_bounded():
                     raise InputError(f"{what}, expected finite bounds")
         self.spaces = [env.action_space(agent) for agent in self.agents]
-        self.action_sizes = [int(np.prod(space.shape)) for space in self.spaces]
-        self.obs_sizes = [int(np.prod(env.observation_space(a).shape)) for a in self.agents]
+        self.discrete = any(isinstance(space, Discrete) for space in self.spaces)
+        seen = [env.observation_space(agent) for agent in self.agents]
+        seen = [space["observation"] if isinstance(space, Dict) else space for space in seen]
+        self.obs_sizes = [int(np.prod(space.shape)) for space in seen]
         self.num_agents = len(self.agents)
         self.obs_dim = max(self.obs_sizes)
-        self.action_high = np.ones((self.num_agents, max(self.action_sizes)), dtype=np.float32)
-        self.action_low = -self.action_high
-        for i, space in enumerate(self.spaces):
-            self.action_low[i, : self.action_sizes[i]] = space.low.ravel()
-            self.action_high[i, : self.action_sizes[i]] = space.high.ravel()
+        if self.discrete:
+            sizes = {getattr(space, "n", None) for space in self.spaces}
+            if len(sizes) > 1:
+                raise InputError(f"{name!r}: the agents' action spaces differ: {self.spaces}")
+            self.action_sizes = [int(self.spaces[0].n)] * self.num_agents
+            self.action_low = np.zeros((self.num_agents, self.action_sizes[0]), np.float32)
+            self.action_high = np.ones_like(self.action_low)
+            self.num_features, self.obs_dim = self.obs_dim, self.obs_dim + self.action_sizes[0]
+        else:
+            self.action_sizes = [int(np.prod(space.shape)) for space in self.spaces]
+            self.action_high = np.ones((self.num_agents, max(self.action_sizes)), dtype=np.float32)
+            self.action_low = -self.action_high
+            for i, space in enumerate(self.spaces):
+                self.action_low[i, : self.action_sizes[i]] = space.low.ravel()
+                self.action_high[i, : self.action_sizes[i]] = space.high.ravel()
         self.max_episode_steps = getattr(env, "max_episode_steps", None) or 1000
         self.obs = np.zeros((self.num_agents, self.obs_dim), dtype=np.float32)
 
@@ -92,12 +112,17 @@ class ParallelTeam:
         return self._fill(observations)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
-        # rounding can carry a scaled action just over a bound, which some environments refuse
-        actions = np.clip(actions, self.action_low, self.action_high)
-        own = {}
-        for i, agent in enumerate(self.agents):
-            space = self.spaces[i]
-            own[agent] = actions[i, : self.action_sizes[i]].reshape(space.shape).astype(space.dtype)
+        if self.discrete:
+            played = choose(actions, self.obs[:, self.num_features :] > 0, idle=0)
+            starts = [int(space.start) for space in self.spaces]
+            own = dict(zip(self.agents, (played + starts).tolist(), strict=True))
+        else:
+            # rounding can carry a scaled action just over a bound, which some environments refuse
+            actions = np.clip(actions, self.action_low, self.action_high)
+            own = {}
+            for i, agent in enumerate(self.agents):
+                space, size = self.spaces[i], self.action_sizes[i]
+                own[agent] = actions[i, :size].reshape(space.shape).astype(space.dtype)
         observations, rewards, terminations, truncations, _ = self.env.step(own)
         truncated = any(truncations.values())
         missing = any(agent not in observations for agent in self.agents)
@@ -114,7 +139,12 @@ class ParallelTeam:
         """(N, obs_dim); an agent that is missing keeps its last observation."""
         for i, agent in enumerate(self.agents):
             if agent in observations:
-                self.obs[i, : self.obs_sizes[i]] = np.ravel(observations[agent])
+                seen = observations[agent]
+                if self.discrete:
+                    is_dict = isinstance(seen, dict)
+                    self.obs[i, self.num_features :] = seen["action_mask"] if is_dict else 1
+                    seen = seen["observation"] if is_dict else seen
+                self.obs[i, : self.obs_sizes[i]] = np.ravel(seen)
         return self.obs
 
     def close(self) -> None:
