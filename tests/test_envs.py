@@ -217,7 +217,7 @@ def test_seeds():
 def test_mujoco_prints_and_writes_nothing(tmp_path):
     code = (
         "from common.envs import OMAR_RETURNS, TASKS, make_vec, parallel_env\n"
-        "for task in TASKS:\n"
+        "for task in (t for t in TASKS if TASKS[t].family not in ('smax', 'smac')):\n"
         "    make_vec(task, 1, 0).reset()\n"
         "    parallel_env(task).reset()\n"
         "import common.envs.mujoco\n"
@@ -390,7 +390,7 @@ def test_parallel_env_of_a_users_factory():
         (":make", None, ["package.module:factory"]),
         (f"{__name__}:limited_tem", None, ["'limited_tem'", "did you mean limited_team"]),
         (f"{__name__}:limited_team", "2x3", ["'2x3'", "agents are its own"]),
-        (f"{__name__}:discrete_team", None, ["'right'", "Discrete(5)", "expected a Box"]),
+        (f"{__name__}:discrete_team", None, ["action spaces differ", "Discrete(5)"]),
         (f"{__name__}:unbounded_team", None, ["'left'", "finite bounds"]),
         (f"{__name__}:not_a_team", None, ["expected a pettingzoo.ParallelEnv"]),
     ],
