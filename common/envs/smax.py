@@ -9,9 +9,7 @@ what SMAX shows it, zeros once it is dead, and then the mask of its legal action
 zeros once it is dead. A team's random numbers come from its own key.
 """
 
-import contextlib
 import functools
-import io
 import os
 import warnings
 from types import ModuleType
@@ -33,9 +31,8 @@ def libraries(task: str) -> tuple[ModuleType, ModuleType]:
     """JAX and JaxMARL's SMAX. Raises InputError where they are not installed."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leave the GPU to torch
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # one of them prints when imported
-            import jax
-            from jaxmarl.environments import smax
+        import jax
+        from jaxmarl.environments import smax  # which prints two lines about what it lacks
     except ImportError as error:
         reason = f"{task} needs JaxMARL's SMAX ({error}): {INSTALL}"
         raise InputError(reason) from None
