@@ -114,10 +114,12 @@ class Args:
     """value (d_q) or embedding (d_e: a conditional VAE's mean, trained in the offline phase)"""
     hidden_size: int = 64
     """units in each of the two hidden layers of every network"""
-    actor_learning_rate: float = 1e-3
+    actor_learning_rate: float = 3e-3
     """Adam's, of the actor"""
-    critic_learning_rate: float = 1e-3
+    critic_learning_rate: float = 3e-3
     """Adam's, of the critics"""
+    reward_scale: float | None = None
+    """what rewards are multiplied by; default: 1 / their standard deviation in the offline data"""
     gamma: float = 0.95
     """discount"""
     tau: float = 0.01
@@ -283,18 +285,24 @@ class ICQ(nn.Module):
         self.target = nn.ModuleList([self.target_qf1, self.target_qf2])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
-        # Scales of the offline observations (obs_dim,), applied to online ones unchanged
+        # Scales of the offline observations (obs_dim,) and rewards, applied to online ones too
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
+        self.register_buffer("reward_scale", torch.ones(()))
         self.qf_optimizer = adam(self.live.parameters(), args.critic_learning_rate)
         self.actor_optimizer = adam(self.actor.parameters(), args.actor_learning_rate)
         self.optimizers = [self.qf_optimizer, self.actor_optimizer]
 
     def measure_scales(self, replay: Replay) -> None:
-        """Take the mean and standard deviation of the offline observations."""
+        """Take the mean and standard deviation of the offline observations, and the latter of the
+        rewards."""
         obs_mean, obs_std = replay.obs_statistics()
         self.obs_mean.copy_(obs_mean)
         self.obs_std.copy_(obs_std + 1e-3)
+        if self.args.reward_scale is None:
+            self.reward_scale.copy_(1 / (replay.reward_std() + 1e-3))
+        else:
+            self.reward_scale.fill_(self.args.reward_scale)
 
     def scaled(self, obs: torch.Tensor) -> torch.Tensor:
         """Observations as the networks see them: (G, batch, obs_dim)."""
@@ -307,15 +315,17 @@ class ICQ(nn.Module):
         obs, next_obs = self.scaled(batch["obs"]), self.scaled(batch["next_obs"])
         actions, next_actions = batch["actions"], batch["next_actions"]
         is_followed, terminations = batch["is_followed"], batch["terminations"]  # (G, batch)
+        rewards = self.reward_scale * batch["rewards"]
 
         # Critics: y = r + gamma * the weighted value of the action that follows in the data;
-        # nothing is learned where the data breaks off.
+        # nothing is learned where the data breaks off. Weights above 1 could grow without bound.
         with torch.no_grad():
             next_q1 = self.target_qf1(next_obs, next_actions)
             next_q2 = self.target_qf2(next_obs, next_actions)
             next_q = torch.minimum(next_q1, next_q2)
             next_weights = batch_softmax(next_q / args.target_temperature, is_followed)
-            target = batch["rewards"] + args.gamma * is_followed * next_weights * next_q
+            next_weights = next_weights.clamp(max=1)
+            target = rewards + args.gamma * is_followed * next_weights * next_q
             known = torch.maximum(is_followed, terminations)
             share = known / known.sum(1, keepdim=True).clamp(min=1)
         q1, q2 = self.qf1(obs, actions), self.qf2(obs, actions)

@@ -114,10 +114,12 @@ class Args:
     """value (d_q) or embedding (d_e: a conditional VAE's mean, trained in the offline phase)"""
     hidden_size: int = 64
     """units in each of the two hidden layers of every network"""
-    actor_learning_rate: float = 1e-3
+    actor_learning_rate: float = 3e-3
     """Adam's, of the actor"""
-    critic_learning_rate: float = 1e-3
+    critic_learning_rate: float = 3e-3
     """Adam's, of the critics"""
+    reward_scale: float | None = None
+    """what rewards are multiplied by; default: 1 / their standard deviation in the offline data"""
     gamma: float = 0.95
     """discount"""
     tau: float = 0.01
@@ -331,9 +333,10 @@ class OMAR(nn.Module):
         self.target = nn.ModuleList([self.target_actor, self.target_qf1, self.target_qf2])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
-        # Scales of the offline observations (obs_dim,), applied to online ones unchanged
+        # Scales of the offline observations (obs_dim,) and rewards, applied to online ones too
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
+        self.register_buffer("reward_scale", torch.ones(()))
         # The group of the k-th agent that g's critic sees, and whose critic sees g as its k-th
         g, k = torch.arange(G).unsqueeze(1), torch.arange(K)
         self.register_buffer("teammate", g // N * N + (g + k) % N, persistent=False)  # (G, K)
@@ -345,10 +348,15 @@ class OMAR(nn.Module):
         self.optimizers = [self.qf_optimizer, self.actor_optimizer]
 
     def measure_scales(self, replay: Replay) -> None:
-        """Take the mean and standard deviation of the offline observations."""
+        """Take the mean and standard deviation of the offline observations, and the latter of the
+        rewards."""
         obs_mean, obs_std = replay.obs_statistics()
         self.obs_mean.copy_(obs_mean)
         self.obs_std.copy_(obs_std + 1e-3)
+        if self.args.reward_scale is None:
+            self.reward_scale.copy_(1 / (replay.reward_std() + 1e-3))
+        else:
+            self.reward_scale.fill_(self.args.reward_scale)
 
     def scaled(self, obs: torch.Tensor) -> torch.Tensor:
         """Observations as the networks see them: (G, batch, obs_dim)."""
@@ -364,6 +372,7 @@ class OMAR(nn.Module):
             obs, next_obs, actions = (x.unsqueeze(2) for x in (obs, next_obs, actions))
         obs, next_obs = self.scaled(obs), self.scaled(next_obs)
         own_obs, own_actions = obs[:, :, 0], actions[:, :, 0]
+        rewards = self.reward_scale * batch["rewards"]
 
         # Critics: y = r + gamma * the smaller target critic at the target policies' actions; and
         # the conservative penalty.
@@ -372,7 +381,7 @@ class OMAR(nn.Module):
             next_q1 = self.target_qf1(next_obs.flatten(2), next_actions)
             next_q2 = self.target_qf2(next_obs.flatten(2), next_actions)
             next_q = torch.minimum(next_q1, next_q2)
-            target = batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
+            target = rewards + args.gamma * (1 - batch["terminations"]) * next_q
         q1, q2 = (qf(obs.flatten(2), actions.flatten(2)) for qf in (self.qf1, self.qf2))
         qf1_loss, qf2_loss = (q1 - target).square().mean(1), (q2 - target).square().mean(1)
         gap1, gap2 = self.conservative_gap(obs, next_obs, actions, q1, q2)  # (G,) each

@@ -13,6 +13,6 @@ export OMP_NUM_THREADS=1
 common="--env $env --num-seeds 5 --deployments 0 --sampling uniform --eval-episodes 100 --run-dir runs/omar"
 python icq.py $common "$@"
 python otc_td3bc.py $common --hidden-size 64 --batch-size 1024 --gamma 0.95 --tau 0.01 \
-    --actor-learning-rate 1e-3 --critic-learning-rate 1e-3 "$@"
+    --actor-learning-rate 3e-3 --critic-learning-rate 3e-3 "$@"
 python omar.py $common --omar-coefficient 0 "$@"
 python omar.py $common "$@"

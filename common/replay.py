@@ -162,6 +162,10 @@ class Replay:
         offline = self.obs[:, : self.num_offline].flatten(0, 1)
         return offline.mean(0), offline.std(0)
 
+    def reward_std(self) -> torch.Tensor:
+        """Standard deviation of the offline rewards, ()."""
+        return self.rewards[:, : self.num_offline].std()
+
     def is_online(self, index: torch.Tensor) -> torch.Tensor:
         """Whether each index (G, n) is an online transition."""
         return index >= self.num_offline

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from common.replay import Replay
 from icq import ICQ, Args, batch_softmax
 from tests.helpers import (
     ACTION_DIM,
@@ -11,6 +12,7 @@ from tests.helpers import (
     central_difference,
     plain_mlp,
     random_batch,
+    random_team,
     set_scales,
 )
 
@@ -54,10 +56,10 @@ def losses_by_hand(agent, batch, sampled, g, constants=None):
         twins = agent.target_qf1, agent.target_qf2
         following = {b: smaller(*twins, s2[b], data["next_actions"][b]) for b in rows}
         total = sum(np.exp(v / args.target_temperature) for v in following.values())
-        y = data["rewards"].copy()
+        y = agent.reward_scale.item() * data["rewards"]
         for b, v in following.items():
             weight = len(rows) * np.exp(v / args.target_temperature) / total
-            y[b] += args.gamma * weight * v
+            y[b] += args.gamma * min(weight, 1) * v
         live = agent.qf1, agent.qf2
         advantage = [
             smaller(*live, s[b], data["actions"][b]) - smaller(*live, s[b], sampled[g, b].numpy())
@@ -88,6 +90,7 @@ def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch):
     args.actor_learning_rate = args.critic_learning_rate = 0.0
     agent, groups = ICQ(3, OBS_DIM, ACTION_DIM, args).double(), range(3)
     set_scales(agent)
+    agent.reward_scale.fill_(0.3)
     with torch.no_grad():
         for p in agent.target.parameters():
             p += 0.1 * torch.randn_like(p)
@@ -187,3 +190,19 @@ def test_values_are_those_of_the_following_actions():
     # V = 0.5 + 0.5 V = 1, so Q = 0.5 and 1.5; the smaller of twins lies a little below
     q = agent.q_value(torch.ones(1, 2, 1), torch.tensor([[[-1.0], [1.0]]]))
     torch.testing.assert_close(q, torch.tensor([[0.5, 1.5]]), rtol=0, atol=0.12)
+
+
+def test_the_unit_of_the_rewards_does_not_matter_unless_a_scale_is_given():
+    kept = {}
+    for reward_scale in (None, 1.0):
+        for unit in (1.0, 50.0):
+            torch.manual_seed(0)
+            team = random_team()
+            team.rewards *= unit
+            replay = Replay(team, 1, 0, 1)
+            agent = ICQ(2, OBS_DIM, ACTION_DIM, Args(reward_scale=reward_scale))
+            agent.measure_scales(replay)
+            losses = agent.update(replay.gather_following(replay.draw_offline(32)))
+            kept[reward_scale, unit] = losses["losses/qf1_loss"]
+    torch.testing.assert_close(kept[None, 1.0], kept[None, 50.0], rtol=0.01, atol=0)
+    assert (kept[1.0, 50.0] > 100 * kept[1.0, 1.0]).all()
