@@ -43,6 +43,7 @@ BUILT_IN_SIZES = {
     task: {"random": MILLION, "medium": MILLION, "medium-replay": replay}
     for task, replay in {"halfcheetah": 202_000, "walker2d": 302_000, "hopper": 402_000}.items()
 } | {task: OF_FAMILY[row.family] for task, row in TASKS.items() if row.family in OF_FAMILY}
+BUILT_IN_SIZES["halfcheetah-local"] = OF_FAMILY["mpe"]
 BUILT_IN_SIZES["5m_vs_6m"] = {"random": 181_018, "medium": 364_953}
 QUALITIES = ("random", "medium", "medium-replay", "expert", "medium-expert", "full-replay")
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"

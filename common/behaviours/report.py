@@ -14,7 +14,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from common.behaviours.rollout import TEAM_FAMILIES
+from common.behaviours.rollout import is_teams
 from common.datasets import BUILT_IN_SIZES, built_in_path
 from common.envs import TASKS, make_vec, normalized_score
 from common.envs.mujoco import make_single
@@ -82,7 +82,7 @@ def teams(docs: Path) -> None:
     """The table of docs/results/team_datasets.csv, of the full-size files that are there."""
     rows = [["dataset", "episodes", "mean", "std", "min", "max", "score"]]
     for task, sizes in BUILT_IN_SIZES.items():
-        for quality, size in sizes.items() if TASKS[task].family in TEAM_FAMILIES else ():
+        for quality, size in sizes.items() if is_teams(task) else ():
             if (path := built_in_path(task, quality, size)).exists():
                 time_limit = make_vec(task, 1, 0).max_episode_steps
                 numbers = statistics(whole_episode_returns(path, time_limit))

@@ -34,13 +34,16 @@ from common.envs.mujoco import make_single
 
 POLICY_DIR = Path(__file__).parent
 QUALITIES = ("random", "medium", "medium-replay", "expert")
-TEAM_FAMILIES = ("mpe",)
-"""tasks whose data common/behaviours/teams.py makes"""
 CHUNK_ROWS = 10_000
 """A piece of work. A file depends on it, but not on how many processes share the pieces."""
 WEIGHTS = ("w0", "b0", "w1", "b1", "w_mean", "b_mean", "w_log_std", "b_log_std")
 
 Policy = dict[str, np.ndarray]
+
+
+def is_teams(task: str) -> bool:
+    """Whether teams.py makes the task's data: its agents each see their own state."""
+    return TASKS[task].family == "mpe" or TASKS[task].local
 
 
 def load_policies(task: str) -> dict[str, np.ndarray]:
@@ -253,7 +256,7 @@ def _write(file: h5py.File, task: str, quality: str, size: int, num_workers: int
         with bar:
             battles.write(file, task, quality, size, bar)
         return
-    if TASKS[task].family in TEAM_FAMILIES:
+    if is_teams(task):
         with bar:
             teams.write(file, task, quality, size, bar)
         return
@@ -305,13 +308,14 @@ def make(
     family = TASKS[task].family if task in TASKS else "mujoco"
     known = {"mujoco": QUALITIES[:3], "particle": QUALITIES[:1], "maze": ("",)}
     known["smax"] = battles.QUALITIES
-    expected = known.get(family, QUALITIES)
+    has_all = task in TASKS and is_teams(task)
+    expected = QUALITIES if has_all else known.get(family, QUALITIES)
     if quality not in expected:
         hint = nearest(quality, expected) if expected[0] else "expected none"
         raise InputError(f"unknown built-in data quality {quality!r} of {task}: {hint}")
     if size < 1:
         raise InputError(f"built-in data of {size} transitions: expected at least 1")
-    if family == "mujoco" or (family in (*TEAM_FAMILIES, "smax") and quality != "random"):
+    if family == "mujoco" or (family in ("mpe", "smax") and quality != "random"):
         load_policies(task)
     path = Path(path)
     partial = Path(f"{path}.partial")
