@@ -14,21 +14,18 @@ def test_speed_times_every_strategy_and_shares_out_the_time(monkeypatch, tmp_pat
     monkeypatch.setattr(speed.datasets, "load", lambda env: random_team(n=200_000))
     monkeypatch.setattr(speed, "exact_seconds", lambda *args: 0.25)
     out = tmp_path / "speed.json"
-    scripts = ("otc_td3bc", "otc_bremen", "omar", "icq")
-    speed.main(
-        speed.Args(scripts=scripts, num_seeds=(1, 2), repetitions=2, seconds=0.0, json=str(out))
-    )
+    scripts = ("otc_td3bc", "icq")
+    speed.main(speed.Args(scripts, num_seeds=(1,), repetitions=2, seconds=0.0, json=str(out)))
     record = json.loads(out.read_text())
     timed = {(row["script"], row["seeds"], row["update"]) for row in record["times"]}
-    expected = {(s, n, name) for s in scripts for n in (1, 2) for name in speed.STRATEGIES}
-    assert timed == expected | {("otc_bremen", n, "improvement") for n in (1, 2)}
+    assert timed == {(script, 1, name) for script in scripts for name in speed.STRATEGIES}
     assert all(len(row["ms"]) == 2 and min(row["ms"]) > 0 for row in record["times"])
     for row in record["stages"]:
         shares = {key: row[key] for key in ("draw", "forward", "match", "rank", "learner", "rest")}
         assert sum(shares.values()) == pytest.approx(1)
         assert min(shares[key] for key in ("draw", "forward", "match", "rank", "learner")) > 0
     assert record["exact_match_s"] == {"value": 0.25, "embedding": 0.25}
-    assert "| omar | 2 | eager | otc (value) |" in capsys.readouterr().out
+    assert "| icq | 1 | eager | otc (value) |" in capsys.readouterr().out
 
 
 def fake_run(folder, script, seed, returns, **args):

@@ -16,7 +16,7 @@ import numpy as np
 
 from common.behaviours.rollout import is_teams
 from common.datasets import BUILT_IN_SIZES, built_in_path
-from common.envs import TASKS, make_vec, normalized_score
+from common.envs import make_vec, normalized_score
 from common.envs.mujoco import make_single
 
 D4RL = {
