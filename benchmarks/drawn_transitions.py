@@ -45,7 +45,8 @@ def look(folder: str, args: Args) -> list[dict]:
     record = runs.read_record(folder)
     script = importlib.import_module(record["script"])
     options = script.Args(**record["args"])
-    dataset = datasets.load(options.env, options.dataset, options.dataset_size, options.split)
+    where = options.env, options.dataset, options.dataset_size, options.split
+    dataset = datasets.load(*where, discrete=record["script"] == "otc_cql_discrete")
     steps = runs.deployment_steps(options, len(dataset.rewards))
     replay = Replay(dataset, options.num_seeds, options.deployments, steps)
     state = runs.read_checkpoint(folder, "checkpoint.pt", record["script"])
