@@ -34,6 +34,7 @@ LEARNERS = {
     "otc_bcq": "BCQ",
     "otc_awac": "AWAC",
     "otc_cql": "CQL",
+    "otc_cql_discrete": "DiscreteCQL",
     "otc_td3bc": "TD3BC",
     "otc_bremen": "BREMEN",
     "omar": "OMAR",
@@ -52,7 +53,8 @@ class Args:
     scripts: tuple[str, ...] = tuple(LEARNERS)
     """scripts to time"""
     env: str = "halfcheetah-medium"
-    """built-in data; its values do not matter"""
+    """built-in data; its values do not matter. The discrete script gets random data of the shapes of
+    5m_vs_6m, which has five agents"""
     num_seeds: tuple[int, ...] = (1, 5, 10)
     """seeds trained together"""
     repetitions: int = 5
@@ -83,9 +85,26 @@ def machine(device: torch.device) -> dict[str, str | int]:
     }
 
 
+def discrete_data(n: int = 50_000, num_agents: int = 5, num_actions: int = 11) -> TeamDataset:
+    """Random transitions in which every action is legal."""
+    random = np.random.default_rng(0)
+    obs, next_obs = (random.random((n, num_agents, 151), np.float32) for _ in range(2))
+    obs[..., -num_actions:] = next_obs[..., -num_actions:] = 1
+    return TeamDataset(
+        obs=obs,
+        actions=np.eye(num_actions, dtype=np.float32)[random.integers(11, size=(n, num_agents))],
+        rewards=random.random(n, np.float32),
+        next_obs=next_obs,
+        terminations=np.zeros(n, bool),
+        truncations=np.arange(n) % 50 == 49,
+        source="random",
+        discrete=True,
+    )
+
+
 def fill(dataset: TeamDataset, num_seeds: int, device: torch.device) -> Replay:
-    """A replay whose one deployment is 1 % of the offline data, drawn from it."""
-    steps = len(dataset) // 100
+    """A replay whose one deployment is 1 % of the offline data, at least 2,000 rows of it."""
+    steps = max(2000, len(dataset) // 100)
     replay = Replay(dataset, num_seeds, 1, steps, device)
     rows = np.random.default_rng(0).integers(len(dataset), size=(num_seeds, steps))
     obs, next_obs = (
@@ -231,14 +250,16 @@ def exact_seconds(match: Callable, shape: tuple, device: torch.device) -> float:
 def main(args: Args) -> None:
     device = runs.pick_device(args)
     dataset = datasets.load(args.env)
+    discrete = discrete_data() if "otc_cql_discrete" in args.scripts else None
     what = machine(device)
     print(args.env, *(f"{key} {value}" for key, value in what.items()), sep=", ")
     print("\n| script | seeds | mode | update | ms, median | over uniform, median | quartiles |")
     print("|---|---|---|---|---|---|---|", flush=True)
     times, stages = [], []
     for num_seeds in args.num_seeds:
-        replay = fill(dataset, num_seeds, device)
         for script in args.scripts:
+            data = discrete if script == "otc_cql_discrete" else dataset
+            replay = fill(data, num_seeds, device)
             for mode in ("eager", "graph") if device.type == "cuda" else ("eager",):
                 calls = {}
                 for name, options in STRATEGIES.items():

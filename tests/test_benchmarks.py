@@ -11,10 +11,10 @@ from tests.helpers import random_team
 
 
 def test_speed_times_every_strategy_and_shares_out_the_time(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(speed.datasets, "load", lambda env: random_team(n=200_000))
+    monkeypatch.setattr(speed.datasets, "load", lambda env: random_team(n=20_000))
     monkeypatch.setattr(speed, "exact_seconds", lambda *args: 0.25)
     out = tmp_path / "speed.json"
-    scripts = ("otc_td3bc", "icq")
+    scripts = ("otc_td3bc", "otc_cql_discrete")
     speed.main(speed.Args(scripts, num_seeds=(1,), repetitions=2, seconds=0.0, json=str(out)))
     record = json.loads(out.read_text())
     timed = {(row["script"], row["seeds"], row["update"]) for row in record["times"]}
@@ -25,7 +25,7 @@ def test_speed_times_every_strategy_and_shares_out_the_time(monkeypatch, tmp_pat
         assert sum(shares.values()) == pytest.approx(1)
         assert min(shares[key] for key in ("draw", "forward", "match", "rank", "learner")) > 0
     assert record["exact_match_s"] == {"value": 0.25, "embedding": 0.25}
-    assert "| icq | 1 | eager | otc (value) |" in capsys.readouterr().out
+    assert "| otc_cql_discrete | 1 | eager | otc (value) |" in capsys.readouterr().out
 
 
 def fake_run(folder, script, seed, returns, **args):
