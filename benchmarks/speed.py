@@ -53,8 +53,8 @@ class Args:
     scripts: tuple[str, ...] = tuple(LEARNERS)
     """scripts to time"""
     env: str = "halfcheetah-medium"
-    """built-in data; its values do not matter. The discrete script gets random data of the shapes of
-    5m_vs_6m, which has five agents"""
+    """built-in data, its values do not matter; the discrete script gets random data of the shapes
+    of 5m_vs_6m, which has five agents"""
     num_seeds: tuple[int, ...] = (1, 5, 10)
     """seeds trained together"""
     repetitions: int = 5
