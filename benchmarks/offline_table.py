@@ -9,7 +9,7 @@ and for the runs of benchmarks/single_agent.sh, `runs/single_agent`, and benchma
 `runs/omar`.
 
 The behaviour's return is the mean of the data's whole episodes, from docs/results/datasets.csv and
-team_datasets.csv.
+team_datasets.csv; a maze's data has no episodes.
 """
 
 import csv
@@ -50,7 +50,8 @@ def main(args: Args) -> None:
             first = next(csv.DictReader(path.open()))
             env = run["args"]["env"]
             is_ma_cql = run["args"].get("omar_coefficient") == 0
-            score = normalized_score(parse_env(env)[0], behaviour[env])
+            its_return = behaviour.get(env, np.nan)
+            score = normalized_score(parse_env(env)[0], its_return)
             rows.append(
                 {
                     "script": run["script"] + COEFFICIENT_0 * is_ma_cql,
@@ -62,7 +63,7 @@ def main(args: Args) -> None:
                     "mean_return": float(first["mean_return"]),
                     "std_return": float(first["std_return"]),
                     "normalized_score": float(first["normalized_score"]),
-                    "behaviour_return": behaviour[env],
+                    "behaviour_return": its_return,
                     "behaviour_score": round(float(score), 2),
                 }
             )
