@@ -654,7 +654,10 @@ class TransitionSampler(nn.Module):
         v_next, v_next_star = self.in_parts(value, torch.cat([candidates, matches], dim=1)).chunk(
             2, 1
         )
-        return (sampler.relative_to_mean(v_next) - sampler.relative_to_mean(v_next_star)).abs()
+        distance = (sampler.relative_to_mean(v_next) - sampler.relative_to_mean(v_next_star)).abs()
+        # Nothing follows an end, and its V is not learned: ends are drawn as chance would.
+        is_end = self.in_parts(lambda batch: batch["terminations"] > 0, candidates)
+        return sampler.leave_unranked(distance, is_end)
 
     def in_parts(self, function, index: torch.Tensor) -> torch.Tensor:
         """A function of a batch, on the transitions of `index` (G, n), at most 4096 at a time:

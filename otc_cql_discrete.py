@@ -282,14 +282,13 @@ class DiscreteCQL(nn.Module):
         share = alive / alive.sum(1, keepdim=True).clamp(min=1)
 
         # Double Q-learning: y = r + gamma * the smaller target critic at the legal action that the
-        # live critics prefer; death is an end.
+        # live critics prefer; the agent's death is an end.
         with torch.no_grad():
             next_actions = self.greedy(next_obs, next_legal)
             next_q1 = (self.target_qf1(next_obs) * next_actions).sum(2)
             next_q2 = (self.target_qf2(next_obs) * next_actions).sum(2)
-            goes_on = (1 - batch["terminations"]) * next_legal.any(2)
             next_q = torch.minimum(next_q1, next_q2)
-            target = batch["rewards"] + args.gamma * goes_on * next_q
+            target = batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
         values1, values2 = self.qf1(obs), self.qf2(obs)
         q1, q2 = (values1 * actions).sum(2), (values2 * actions).sum(2)
         qf1_loss = (share * (q1 - target).square()).sum(1)
@@ -511,7 +510,10 @@ class TransitionSampler(nn.Module):
         v_next, v_next_star = self.in_parts(value, torch.cat([candidates, matches], dim=1)).chunk(
             2, 1
         )
-        return (sampler.relative_to_mean(v_next) - sampler.relative_to_mean(v_next_star)).abs()
+        distance = (sampler.relative_to_mean(v_next) - sampler.relative_to_mean(v_next_star)).abs()
+        # Nothing follows an end, and its V is not learned: ends are drawn as chance would.
+        is_end = self.in_parts(lambda batch: batch["terminations"] > 0, candidates)
+        return sampler.leave_unranked(distance, is_end)
 
     def in_parts(self, function, index: torch.Tensor) -> torch.Tensor:
         """A function of a batch, on the transitions of `index` (G, n), at most 4096 at a time:

@@ -175,12 +175,16 @@ class Replay:
 
         Returns:
             obs, next_obs (G, n, obs_dim), actions (G, n, action_dim), rewards, terminations (G, n);
-            all float32.
+            all float32. Discrete data's terminations are also the agent's own death.
         """
         row = index + self.is_online(index) * self.seed_rows
         if self.stand_ins is not None:
             row = self.stand_ins.take(self.agent_rows + row)
-        return self._take(row, row + self.viewer_rows, row + self.agent_rows)
+        batch = self._take(row, row + self.viewer_rows, row + self.agent_rows)
+        if self.stand_ins is not None:
+            dead = (batch["next_obs"][..., -self.actions.shape[2] :] <= 0).all(2)
+            batch["terminations"] = torch.maximum(batch["terminations"], dead.float())
+        return batch
 
     def gather_team(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
         """`gather` with what the whole team saw and did, for centralised critics.

@@ -99,6 +99,21 @@ def relative_to_mean(values: torch.Tensor, floor: float = 1e-3) -> torch.Tensor:
     return values / torch.copysign(mean.abs().clamp(min=floor), mean)
 
 
+def leave_unranked(distance: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Distances (G, B) >= 0 in which the entries of mask (G, B) are moved to random ranks among the
+    others of their group, so that they are drawn as often as chance would."""
+    num_others = (~mask).sum(1, keepdim=True)
+    # Every entry gets a random key; one of the mask goes where as many others lie below it.
+    order = torch.rand_like(distance).argsort(1)
+    below = (~mask).gather(1, order).cumsum(1)
+    below = torch.empty_like(below).scatter_(1, order, below)
+    others = distance.masked_fill(mask, torch.inf).sort(1).values
+    edges = torch.cat([torch.zeros_like(others[:, :1]), others], dim=1)
+    low, high = edges.gather(1, below), edges.gather(1, (below + 1).minimum(num_others))
+    moved = low + (high - low) * torch.rand_like(distance)
+    return torch.where(mask & (num_others > 0), moved, distance)
+
+
 def rank_probabilities(alpha: torch.Tensor, num_ranks: int) -> torch.Tensor:
     """Equation (3): probability of ranks 1 ... num_ranks, proportional to rank^-alpha; (G,) -> (G,
     num_ranks) float64."""

@@ -155,6 +155,9 @@ def test_transition_distance_equals_its_definition(distance):
                 v, v_star = (agent.value(x["next_obs"])[g] for x in (B, D))
                 match = (q[:, None] - q_star[None]).abs().argmin(1)
                 expected = (v / v.mean() - v_star[match] / v_star[match].mean()).abs()
+                ends = B["terminations"][g] > 0  # not ranked: within the others' distances
+                assert (found[g][ends] <= expected[~ends].max()).all()
+                expected[ends] = found[g][ends]
             torch.testing.assert_close(found[g], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -176,6 +179,25 @@ def test_a_failed_deployment_does_not_make_low_values_rank_first():
     drawn = [replay.gather(transitions.draw(agent))["next_obs"][..., 0] for _ in range(20)]
     usual = replay.gather(replay.draw_merged(5000))["next_obs"][..., 0].mean()
     assert abs(torch.cat(drawn, 1).mean() - usual) < 8  # 24 with a mean over all of D
+
+
+@pytest.mark.parametrize("value_of_ends", [0.0, 1e3])
+def test_ends_are_drawn_as_often_as_chance_would(value_of_ends):
+    """V of a state from which nothing follows says nothing, whatever it is."""
+    torch.manual_seed(0)
+    args = Args(references=200, candidates=512, adaptive_alpha=False, alpha=2.0)
+    replay = Replay(random_team(n=4000), 1, 1, 200)
+    add_deployment(replay)
+    replay.terminations[0] = (torch.rand(replay.num_rows) < 0.1).float()
+    replay.next_obs[0, :, 0] = torch.where(
+        replay.terminations[0] > 0, value_of_ends, 5 + torch.rand(replay.num_rows)
+    )
+    agent = BCQ(2, OBS_DIM, ACTION_DIM, args)
+    agent.q_value = lambda obs, actions: obs[..., 0]
+    agent.value = lambda obs: obs[..., 0]
+    transitions = TransitionSampler(replay, args)
+    drawn = [replay.gather(transitions.draw(agent))["terminations"] for _ in range(300)]
+    assert abs(torch.cat(drawn).mean() - replay.terminations.mean()) < 0.02
 
 
 def test_self_matches_have_distance_zero_unless_excluded():

@@ -327,6 +327,17 @@ def test_an_agents_dead_rows_stand_for_its_living_ones():
         assert (batch["obs"][..., FEATURES:].any(2)).all()
 
 
+def test_an_agents_death_ends_its_transition_and_no_other_agents():
+    data = team(num_agents=2)
+    data.obs[..., FEATURES] = 1  # all live
+    data.next_obs[..., FEATURES:] = 1
+    data.next_obs[7, 0, FEATURES:] = 0
+    data.terminations[9] = True
+    index = torch.arange(40).expand(2, -1)
+    ends = Replay(data, 1, 1, 5).gather(index)["terminations"]
+    assert torch.nonzero(ends).tolist() == [[0, 7], [0, 9], [1, 9]]
+
+
 def test_where_nobody_dies_rows_stand_for_themselves():
     data = team()
     data.discrete = False

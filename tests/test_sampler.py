@@ -683,3 +683,20 @@ def test_the_watch_sees_waits():
     for wait in (lambda x: x.sum().item(), lambda x: x[x > 0], lambda x: bool(x.any())):
         with pytest.raises(AssertionError, match="waits for the host"), Watch():
             wait(torch.ones(3))
+
+
+def test_what_is_left_unranked_is_drawn_as_chance_would():
+    torch.manual_seed(0)
+    distance, mask = torch.rand(3, 200), torch.rand(3, 200) < 0.2
+    mask[1], mask[2] = True, False
+    distance[0, mask[0]] = 0.0  # ranked, they would come first
+    drawn, rounds = torch.zeros(3), 2000
+    for _ in range(rounds):
+        changed = sampler.leave_unranked(distance, mask)
+        assert torch.equal(changed[~mask], distance[~mask])
+        assert torch.equal(changed[1:], distance[1:])  # nothing to take the distance of, or no need
+        index = sampler.draw_by_rank(changed, torch.full((3,), 2.0), 50)
+        drawn += mask.gather(1, index).float().mean(1) / rounds
+    assert abs(drawn[0] - mask[0].float().mean()) < 0.03
+    ranked = sampler.draw_by_rank(distance, torch.full((3,), 2.0), 50)
+    assert mask[0][ranked[0]].float().mean() > 0.9
