@@ -118,8 +118,9 @@ class Args:
     """Adam's, of the actor"""
     critic_learning_rate: float = 3e-3
     """Adam's, of the critics"""
-    reward_scale: float | None = None
-    """what rewards are multiplied by; default: 1 / their standard deviation in the offline data"""
+    value_unit: float | None = None
+    """value that one unit of the critics' outputs stands for; default: the standard deviation of
+    the offline rewards"""
     gamma: float = 0.95
     """discount"""
     tau: float = 0.01
@@ -267,15 +268,16 @@ class DensityRatio(nn.Module):
 
 
 class Critic(nn.Module):
-    """Q(s, a_i)."""
+    """Q(s, a_i), so many units as the network says."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
         super().__init__()
         self.network = mlp(G, obs_dim + action_dim, hidden_size, 1)
+        self.register_buffer("unit", torch.ones(()))
 
     def forward(self, obs, actions):
         """(G, batch)"""
-        return self.network(torch.cat([obs, actions], dim=2)).squeeze(2)
+        return self.unit * self.network(torch.cat([obs, actions], dim=2)).squeeze(2)
 
 
 class DeterministicActor(nn.Module):
@@ -333,10 +335,9 @@ class OMAR(nn.Module):
         self.target = nn.ModuleList([self.target_actor, self.target_qf1, self.target_qf2])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
-        # Scales of the offline observations (obs_dim,) and rewards, applied to online ones too
+        # Scales of the offline observations (obs_dim,), applied to online ones unchanged
         self.register_buffer("obs_mean", torch.zeros(obs_dim))
         self.register_buffer("obs_std", torch.ones(obs_dim))
-        self.register_buffer("reward_scale", torch.ones(()))
         # The group of the k-th agent that g's critic sees, and whose critic sees g as its k-th
         g, k = torch.arange(G).unsqueeze(1), torch.arange(K)
         self.register_buffer("teammate", g // N * N + (g + k) % N, persistent=False)  # (G, K)
@@ -349,14 +350,13 @@ class OMAR(nn.Module):
 
     def measure_scales(self, replay: Replay) -> None:
         """Take the mean and standard deviation of the offline observations, and the latter of the
-        rewards."""
+        rewards as the critics' unit."""
         obs_mean, obs_std = replay.obs_statistics()
         self.obs_mean.copy_(obs_mean)
         self.obs_std.copy_(obs_std + 1e-3)
-        if self.args.reward_scale is None:
-            self.reward_scale.copy_(1 / (replay.reward_std() + 1e-3))
-        else:
-            self.reward_scale.fill_(self.args.reward_scale)
+        unit = self.args.value_unit
+        for qf in (self.qf1, self.qf2, self.target_qf1, self.target_qf2):
+            qf.unit.copy_(replay.reward_std() + 1e-3 if unit is None else torch.tensor(unit))
 
     def scaled(self, obs: torch.Tensor) -> torch.Tensor:
         """Observations as the networks see them: (G, batch, obs_dim)."""
@@ -372,7 +372,6 @@ class OMAR(nn.Module):
             obs, next_obs, actions = (x.unsqueeze(2) for x in (obs, next_obs, actions))
         obs, next_obs = self.scaled(obs), self.scaled(next_obs)
         own_obs, own_actions = obs[:, :, 0], actions[:, :, 0]
-        rewards = self.reward_scale * batch["rewards"]
 
         # Critics: y = r + gamma * the smaller target critic at the target policies' actions; and
         # the conservative penalty.
@@ -381,7 +380,7 @@ class OMAR(nn.Module):
             next_q1 = self.target_qf1(next_obs.flatten(2), next_actions)
             next_q2 = self.target_qf2(next_obs.flatten(2), next_actions)
             next_q = torch.minimum(next_q1, next_q2)
-            target = rewards + args.gamma * (1 - batch["terminations"]) * next_q
+            target = batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
         q1, q2 = (qf(obs.flatten(2), actions.flatten(2)) for qf in (self.qf1, self.qf2))
         qf1_loss, qf2_loss = (q1 - target).square().mean(1), (q2 - target).square().mean(1)
         gap1, gap2 = self.conservative_gap(obs, next_obs, actions, q1, q2)  # (G,) each

@@ -20,7 +20,7 @@ EVERYWHERE = (
 ).split()
 # What only some scripts need, and the scripts that have it
 SOMEWHERE = {
-    "Critic": {"otc_bcq", "otc_awac", "otc_cql", "otc_td3bc", "omar", "icq"},
+    "Critic": {"otc_bcq", "otc_awac", "otc_cql", "otc_td3bc", "icq"},
     "follow": {
         *("otc_bcq", "otc_awac", "otc_cql", "otc_cql_discrete"),
         *("otc_td3bc", "otc_bremen", "omar", "icq"),
@@ -188,7 +188,6 @@ def test_learners_keep_their_optimisers_alike(script, name):
     ("name", "scripts"),
     [
         ("measure_scales", ("otc_awac", "otc_cql", "otc_cql_discrete", "otc_td3bc")),
-        ("measure_scales", ("omar", "icq")),  # these scale the rewards too
         ("scaled", ("otc_awac", "otc_cql", "otc_cql_discrete", "otc_td3bc", "omar", "icq")),
     ],
 )

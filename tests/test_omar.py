@@ -108,15 +108,14 @@ def losses_by_hand(agent, batch, uniform, noise, best, g):
         return np.tanh(plain_mlp(actor.network, s, g))
 
     def q(qf, s, a):
-        return plain_mlp(qf.network, np.concatenate([s, a]), g)[0]
+        return qf.unit.item() * plain_mlp(qf.network, np.concatenate([s, a]), g)[0]
 
     errors, gaps, regression, own_q = ([], []), [], [], []
     for b in range(len(data["rewards"])):
         s, s2 = ((data[key][b] - mean) / std for key in ("obs", "next_obs"))
         a, a2 = data["actions"][b], policy(agent.target_actor, s2)
         smaller = min(q(agent.target_qf1, s2, a2), q(agent.target_qf2, s2, a2))
-        y = agent.reward_scale.item() * data["rewards"][b]
-        y += args.gamma * (1 - data["terminations"][b]) * smaller
+        y = data["rewards"][b] + args.gamma * (1 - data["terminations"][b]) * smaller
         sampled = [(2 * x - 1, -ACTION_DIM * np.log(2)) for x in uniform[g, b].numpy()]
         for its_s, its_noise in zip((s, s2), noise, strict=False):
             for x in its_noise[g, b].numpy():
@@ -148,7 +147,8 @@ def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch, p
     args.penalise_policy, args.penalty_noise, args.num_penalty_actions = penalise_policy, 0.4, 3
     agent, groups = OMAR(3, OBS_DIM, ACTION_DIM, args).double(), range(3)
     set_scales(agent)
-    agent.reward_scale.fill_(0.3)
+    for qf in (agent.qf1, agent.qf2, agent.target_qf1, agent.target_qf2):
+        qf.unit.fill_(3.0)
     with torch.no_grad():
         for p in agent.target.parameters():  # of their own: a live network in their place shows
             p += 0.1 * torch.randn_like(p)
@@ -372,19 +372,24 @@ def test_the_penalty_keeps_the_policy_where_the_data_is():
     assert math.isfinite(chosen[1])
 
 
-def test_the_unit_of_the_rewards_does_not_matter_unless_a_scale_is_given():
-    kept = {}
-    for reward_scale in (None, 1.0):
+def test_critics_learn_in_units_of_the_rewards_spread():
+    """With the default unit a first step moves Q in proportion to the rewards' unit."""
+    moved = {}
+    for value_unit in (None, 1.0):
         for unit in (1.0, 50.0):
             torch.manual_seed(0)
             team = random_team()
             team.rewards *= unit
             replay = Replay(team, 1, 0, 1)
-            agent = OMAR(
-                2, OBS_DIM, ACTION_DIM, Args(omar_coefficient=0.5, reward_scale=reward_scale)
-            )
+            agent = OMAR(2, OBS_DIM, ACTION_DIM, Args(cql_alpha=0.0, value_unit=value_unit))
             agent.measure_scales(replay)
+            probe = torch.ones(2, 1, OBS_DIM), torch.zeros(2, 1, ACTION_DIM)
+            before = agent.q_value(*probe)
             losses = agent.update(replay.gather(replay.draw_offline(32)))
-            kept[reward_scale, unit] = losses["losses/qf1_loss"]
-    torch.testing.assert_close(kept[None, 1.0], kept[None, 50.0], rtol=0.01, atol=0)
-    assert (kept[1.0, 50.0] > 100 * kept[1.0, 1.0]).all()
+            moved[value_unit, unit] = (agent.q_value(*probe) - before).abs().max().item()
+            if value_unit is None:  # the loss itself stays one in the rewards' own unit
+                loss = losses["losses/qf1_loss"] / unit**2
+                moved["loss", unit] = loss
+    assert moved[None, 50.0] == pytest.approx(50 * moved[None, 1.0], rel=0.1)
+    torch.testing.assert_close(moved["loss", 50.0], moved["loss", 1.0], rtol=0.01, atol=0)
+    assert moved[1.0, 50.0] < 3 * moved[1.0, 1.0]
