@@ -350,6 +350,23 @@ def test_built_in_data(cache, task, quality):
         np.testing.assert_allclose(catches, np.round(catches), atol=1e-5)
 
 
+@pytest.mark.parametrize("quality", ["random", "expert"])
+def test_built_in_data_of_halfcheetah_local(cache, quality):
+    """Made as the particle teams' is; each row is the simulator's."""
+    data, vec = load(f"halfcheetah-local-{quality}", size=1200), make_vec("halfcheetah-local", 1, 0)
+    assert data.obs.shape == data.next_obs.shape == (1200, 2, 11)
+    assert data.actions.shape == (1200, 2, 3) and np.abs(data.actions).max() <= 1
+    assert not data.terminations.any()
+    assert np.flatnonzero(data.truncations).tolist() == [999, 1199]
+    assert (data.next_obs[:999] == data.obs[1:1000]).all()
+    # The reward is the speed, which every agent observes, less a tenth of the squared actions
+    cost, speed = 0.1 * np.square(data.actions).sum((1, 2)), list(vec.seen[0]).index(8)
+    expected = data.next_obs[:1000, :, speed].mean(0)
+    np.testing.assert_allclose((data.rewards + cost)[:1000].mean(), expected, atol=0.1)
+    returns = data.rewards[:1000].sum()
+    assert returns > 1000 if quality == "expert" else returns < 0
+
+
 def test_data_is_reproducible_and_depends_on_its_makers(cache, tmp_path, monkeypatch):
     for name in ("a", "b"):
         rollout.make("simple-tag", "medium-replay", 2000, tmp_path / name)
