@@ -76,7 +76,8 @@ TASKS = {
         3879.7,
         {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0},
     ),
-    "halfcheetah-local": Task("mujoco", "HalfCheetah-v5", "2x3", local=True),
+    # Returns of the built-in random and expert data, from docs/results/team_datasets.csv
+    "halfcheetah-local": Task("mujoco", "HalfCheetah-v5", "2x3", -286.2, 1649.2, local=True),
     # D4RL's goals and horizons; its reference returns (docs/environments.md)
     "maze2d-umaze": Task("maze", "U_MAZE", "", 23.85, 161.86, {"goal": (1, 1), "limit": 300}),
     "maze2d-medium": Task("maze", "MEDIUM_MAZE", "", 13.13, 277.39, {"goal": (6, 6), "limit": 600}),
