@@ -78,7 +78,7 @@ def check(args) -> None:
     """
     may_be_0 = {"seed", "offline_updates", "deployments", "clone_updates", "env_workers"}
     above_0 = {"temperature", "target_temperature", "weight_max", "kl_limit", "policy_std"}
-    above_0 |= {"penalty_noise"}
+    above_0 |= {"penalty_noise", "value_unit", "reward_scale"}
     at_most_1 = {
         "gamma",
         "tau",

@@ -700,6 +700,7 @@ OWN = {
     "omar": {
         "coefficient": (["--omar-coefficient", "2"], "--omar-coefficient is 2.0"),
         "noise": (["--penalty-noise", "0"], "--penalty-noise is 0.0; it must be more than 0"),
+        "unit": (["--value-unit", "0"], "--value-unit is 0.0; it must be more than 0"),
         "elites": (["--refit", "elite", "--elites", "11"], "at most --sampler-samples 10"),
         "centralised": (
             ["--critic", "centralised", "--deployments", "1", "--references", "5"],
@@ -707,6 +708,7 @@ OWN = {
         ),
     },
     "icq": {
+        "rewards": (["--reward-scale", "0"], "--reward-scale is 0.0; it must be more than 0"),
         "temperature": (["--temperature", "0"], "--temperature is 0.0; it must be more than 0"),
         "of the target": (["--target-temperature", "0"], "--target-temperature is 0.0"),
     },
