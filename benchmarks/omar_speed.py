@@ -1,0 +1,66 @@
+"""Milliseconds per offline update of the four learners of OMAR's table, in turn.
+
+OMP_NUM_THREADS=1 python -m benchmarks.omar_speed --csv docs/results/omar_speed.csv
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import tyro
+
+from benchmarks import write_csv
+from benchmarks.speed import fill, learner_of, machine, times_of, update_of
+from common import datasets, runs
+
+LEARNERS = {
+    "MA-ICQ": ("icq", {}),
+    "MA-TD3+BC": ("otc_td3bc", {"hidden_size": 64}),
+    "MA-CQL": ("omar", {"omar_coefficient": 0.0}),
+    "OMAR": ("omar", {}),
+}
+
+
+@dataclass
+class Args:
+    env: str = "simple-spread-expert"
+    """built-in data; its values do not matter"""
+    num_seeds: tuple[int, ...] = (1, 5)
+    """seeds trained together"""
+    batch_sizes: tuple[int, ...] = (256, 1024)
+    """transitions per update"""
+    repetitions: int = 5
+    """rounds through all learners"""
+    device: str = "auto"
+    """auto, cpu or cuda"""
+    csv: str | None = None
+    """file for the raw times, a row per round"""
+
+
+def main(args: Args) -> None:
+    device = runs.pick_device(args)
+    dataset = datasets.load(args.env)
+    what, rows = machine(device), []
+    print(args.env, *(f"{key} {value}" for key, value in what.items()), sep=", ")
+    print("\n| seeds | batch |", *(f"{name} |" for name in LEARNERS))
+    print("|---|---|" + "---|" * len(LEARNERS))
+    for num_seeds in args.num_seeds:
+        replay = fill(dataset, num_seeds, device)
+        for batch_size in args.batch_sizes:
+            calls = {}
+            for name, (script, options) in LEARNERS.items():
+                options = {"sampling": "offline", "batch_size": batch_size, **options}
+                agent, transitions, its_args = learner_of(script, replay, options)
+                update, kind_of = update_of(script, replay, agent, transitions, its_args)
+                calls[name] = runs.Graphed(update, device.type == "cuda", kind_of)
+            found = times_of(calls, device, 0.2, args.repetitions)
+            cells = (f"{np.median(times):.1f} |" for times in found.values())
+            print(f"| {num_seeds} | {batch_size} |", *cells, flush=True)
+            for name, times in found.items():
+                row = {"learner": name, "seeds": num_seeds, "batch_size": batch_size}
+                rows += [row | {"ms": ms, **what} for ms in times]
+    if args.csv:
+        write_csv(args.csv, rows)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
