@@ -5,7 +5,7 @@ r"""What OTC draws: V, rewards and ends of the drawn transitions against those o
 
 Draws from the data of a run's last checkpoint as OTC (value) would, whatever the run's own
 --sampling was, with V(s'*) divided by its mean over the matches (as the scripts do), by the mean
-over all of D, or by that of V(s') over B.
+over all of D, or by that of V(s') over B. Ends are ranked like all others, unlike in the scripts.
 """
 
 import importlib
