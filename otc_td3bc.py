@@ -494,22 +494,20 @@ class TransitionSampler(nn.Module):
         def q_value(batch):
             return agent.q_value(batch["obs"], batch["actions"])
 
-        def value(batch):
-            return agent.value(batch["next_obs"])
+        def value_and_end(batch):
+            return torch.stack([agent.value(batch["next_obs"]), batch["terminations"]], dim=2)
 
         q = self.in_parts(q_value, torch.cat([candidates, references], dim=1))
         sizes = [candidates.shape[1], references.shape[1]]
         match = sampler.match_by_value(*q.split(sizes, dim=1), exclude)
         # V(s'*) of the matches alone, and its mean over them and not over all of D: otherwise low
         # values rank first wherever the two means differ; see docs/otc.md.
-        matches = references.gather(1, match)
-        v_next, v_next_star = self.in_parts(value, torch.cat([candidates, matches], dim=1)).chunk(
-            2, 1
-        )
+        both = torch.cat([candidates, references.gather(1, match)], dim=1)
+        next_states = self.in_parts(value_and_end, both)  # (G, 2 B, 2)
+        (v_next, is_end), (v_next_star, _) = (x.unbind(2) for x in next_states.chunk(2, 1))
         distance = (sampler.relative_to_mean(v_next) - sampler.relative_to_mean(v_next_star)).abs()
         # Nothing follows an end, and its V is not learned: ends are drawn as chance would.
-        is_end = self.in_parts(lambda batch: batch["terminations"] > 0, candidates)
-        return sampler.leave_unranked(distance, is_end)
+        return sampler.leave_unranked(distance, is_end > 0)
 
     def in_parts(self, function, index: torch.Tensor) -> torch.Tensor:
         """A function of a batch, on the transitions of `index` (G, n), at most 4096 at a time:

@@ -1,6 +1,8 @@
 """Measurements behind the documents' tables and figures."""
 
 import csv
+import json
+from pathlib import Path
 
 
 def write_csv(path: str, rows: list[dict]) -> None:
@@ -11,3 +13,8 @@ def write_csv(path: str, rows: list[dict]) -> None:
         )
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_json(path: str, record: dict) -> None:
+    """Raw numbers with what they were measured on."""
+    Path(path).write_text(json.dumps(record, indent=1, default=str) + "\n")

@@ -7,7 +7,6 @@ Runs that differ in their seed alone are one curve: mean over seeds, band of one
 """
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import numpy as np
 import tyro
 
 from benchmarks import write_csv
+from common import runs
 
 
 @dataclass
@@ -49,7 +49,7 @@ def sampling_of(args: dict) -> str:
 def main(args: Args) -> None:
     rows = []
     for path in sorted(Path(args.folder).glob("*/returns.csv")):
-        run = json.loads((path.parent / "args.json").read_text())
+        run = runs.read_record(path.parent)
         for row in csv.DictReader(path.open()):
             rows.append({"strategy": name_of(run["args"]), "seed": run["seed"], **row})
     if not rows:

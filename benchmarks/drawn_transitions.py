@@ -15,6 +15,7 @@ import torch
 import tyro
 
 from benchmarks import write_csv
+from benchmarks.speed import LEARNERS
 from common import datasets, runs, sampler
 from common.replay import Replay
 
@@ -55,11 +56,7 @@ def look(folder: str, args: Args) -> list[dict]:
         start = folder if options.offline_checkpoint is None else options.offline_checkpoint
         state = runs.read_checkpoint(start, args.policy, record["script"])
     obs_dim, action_dim = replay.obs.shape[2], replay.actions.shape[2]
-    learner = next(
-        value
-        for value in vars(script).values()
-        if isinstance(value, type) and hasattr(value, "q_value")
-    )
+    learner = getattr(script, LEARNERS[record["script"]])
     agent = learner(replay.num_groups, obs_dim, action_dim, options)
     agent.load_state_dict(state["agent"])
     torch.manual_seed(0)

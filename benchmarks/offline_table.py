@@ -13,7 +13,6 @@ team_datasets.csv; a maze's data has no episodes.
 """
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ import numpy as np
 import tyro
 
 from benchmarks import write_csv
+from common import runs
 from common.datasets import parse_env
 from common.envs import normalized_score
 
@@ -46,7 +46,7 @@ def main(args: Args) -> None:
     rows = []
     for folder in args.folders:
         for path in sorted(Path(folder).glob("*/returns.csv")):
-            run = json.loads((path.parent / "args.json").read_text())
+            run = runs.read_record(path.parent)
             first = next(csv.DictReader(path.open()))
             env = run["args"]["env"]
             is_ma_cql = run["args"].get("omar_coefficient") == 0

@@ -9,7 +9,6 @@ agents, and with five seeds ten, in one update: the ratio is d3rlpy's time per u
 agent and seed.
 """
 
-import json
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import numpy as np
 import torch
 import tyro
 
+from benchmarks import write_json
 from benchmarks.speed import learner_of, machine, times_of, update_of
 from common import datasets, runs
 from common.replay import Replay
@@ -118,7 +118,7 @@ def main(args: Args) -> None:
     peer.process.stdin.close()
     if args.json:
         record = {"args": vars(args), "machine": what, "ms_per_agent": rows}
-        Path(args.json).write_text(json.dumps(record, indent=1, default=str) + "\n")
+        write_json(args.json, record)
 
 
 def offline_update(script: str, replay: Replay, device: torch.device) -> runs.Graphed:

@@ -4,7 +4,6 @@ python -m benchmarks.plot_run runs/RUN --figure docs/figures/run.png
 """
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
+
+from common import runs  # noqa: E402
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Args:
 
 def main(args: Args) -> None:
     run = Path(args.run)
-    options = json.loads((run / "args.json").read_text())["args"]
+    options = runs.read_args(run)
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     rows = list(csv.DictReader((run / "returns.csv").open()))

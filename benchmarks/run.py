@@ -11,18 +11,17 @@ it; `rest` is making the networks, the environments and their processes.
 
 import dataclasses
 import importlib
-import json
 import resource
 import tempfile
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from pathlib import Path
 from unittest import mock
 
 import torch
 import tyro
 
+from benchmarks import write_json
 from benchmarks.speed import machine
 from common import datasets, runs
 
@@ -148,7 +147,7 @@ def main(args: Args) -> None:
         print(f"| {row['seeds']} |", " | ".join(cells), f"| {row['peak_GiB']:.2f} |")
     if args.json:
         record = {"args": vars(args), "machine": what, "seconds": rows}
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+        write_json(args.json, record)
 
 
 if __name__ == "__main__":

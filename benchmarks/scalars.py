@@ -3,15 +3,14 @@
 python -m benchmarks.scalars runs/RUN runs/RUN --csv FILE.csv
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import write_csv
 from benchmarks.curves import name_of
+from common import runs
 
 
 @dataclass
@@ -27,7 +26,7 @@ class Args:
 def main(args: Args) -> None:
     rows = []
     for folder in args.runs:
-        run = json.loads((Path(folder) / "args.json").read_text())
+        run = runs.read_record(folder)
         events = EventAccumulator(folder, size_guidance={"scalars": 0})
         events.Reload()
         for tag in events.Tags()["scalars"]:

@@ -12,7 +12,6 @@ updates whatever the strategy, is timed by itself.
 """
 
 import importlib
-import json
 import platform
 import subprocess
 import time
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 import tyro
 
+from benchmarks import write_json
 from common import datasets, runs, sampler
 from common.datasets import TeamDataset
 from common.replay import Replay
@@ -85,14 +85,16 @@ def machine(device: torch.device) -> dict[str, str | int]:
     }
 
 
-def discrete_data(n: int = 50_000, num_agents: int = 5, num_actions: int = 11) -> TeamDataset:
-    """Random transitions in which every action is legal."""
+def discrete_data() -> TeamDataset:
+    """Random transitions of 5m_vs_6m's shapes, in which every action is legal."""
+    n, num_agents, obs_dim, num_actions = 50_000, 5, 151, 11
     random = np.random.default_rng(0)
-    obs, next_obs = (random.random((n, num_agents, 151), np.float32) for _ in range(2))
+    obs, next_obs = (random.random((n, num_agents, obs_dim), np.float32) for _ in range(2))
+    chosen = random.integers(num_actions, size=(n, num_agents))
     obs[..., -num_actions:] = next_obs[..., -num_actions:] = 1
     return TeamDataset(
         obs=obs,
-        actions=np.eye(num_actions, dtype=np.float32)[random.integers(11, size=(n, num_agents))],
+        actions=np.eye(num_actions, dtype=np.float32)[chosen],
         rewards=random.random(n, np.float32),
         next_obs=next_obs,
         terminations=np.zeros(n, bool),
@@ -257,9 +259,10 @@ def main(args: Args) -> None:
     print("|---|---|---|---|---|---|---|", flush=True)
     times, stages = [], []
     for num_seeds in args.num_seeds:
+        continuous_replay = fill(dataset, num_seeds, device)
+        discrete_replay = None if discrete is None else fill(discrete, num_seeds, device)
         for script in args.scripts:
-            data = discrete if script == "otc_cql_discrete" else dataset
-            replay = fill(data, num_seeds, device)
+            replay = discrete_replay if script == "otc_cql_discrete" else continuous_replay
             for mode in ("eager", "graph") if device.type == "cuda" else ("eager",):
                 calls = {}
                 for name, options in STRATEGIES.items():
@@ -297,7 +300,7 @@ def main(args: Args) -> None:
     if args.json:
         record = {"args": vars(args), "machine": what, "times": times, "stages": stages}
         record["exact_match_s"] = exact
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+        write_json(args.json, record)
 
 
 if __name__ == "__main__":

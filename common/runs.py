@@ -210,7 +210,7 @@ def write_beside(path: Path, content: bytes) -> None:
     os.replace(partial, path)
 
 
-def read_record(folder: str) -> dict:
+def read_record(folder: str | Path) -> dict:
     """What args.json of the run in `folder` holds: args, script, seed and the folders of its seeds.
 
     Raises:
@@ -225,7 +225,7 @@ def read_record(folder: str) -> dict:
         raise InputError(f"{folder} is not a run folder: {path} is missing or unreadable") from None
 
 
-def read_args(folder: str) -> dict:
+def read_args(folder: str | Path) -> dict:
     """The arguments of the run in `folder`; raises as `read_record`."""
     return read_record(folder)["args"]
 

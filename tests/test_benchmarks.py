@@ -32,7 +32,8 @@ def fake_run(folder, script, seed, returns, **args):
     """A run folder with the returns of pi^0, pi^1, ..."""
     run = folder / f"halfcheetah-medium__{script}__{seed}__{len(list(folder.iterdir()))}"
     run.mkdir()
-    args = {"env": "halfcheetah-medium", "split": None, "offline_updates": 100} | args
+    usual = {"env": "halfcheetah-medium", "split": None, "offline_updates": 100, "seed": seed}
+    args = usual | args
     (run / "args.json").write_text(json.dumps({"script": script, "seed": seed, "args": args}))
     with open(run / "returns.csv", "w", newline="") as file:
         rows = csv.writer(file)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from common.behaviours import uniform
 from common.behaviours.teams import Policy, load_policies, snapshot
-from common.envs import make_vec
+from common.envs import choose, make_vec
 
 QUALITIES = ("random", "medium")
 EPISODES = 128
@@ -24,7 +24,7 @@ EPISODES = 128
 def one_hot(scores: np.ndarray, legal: np.ndarray) -> np.ndarray:
     """The legal action with the largest score, one-hot float32, zeros where none is legal; all
     (..., action_dim)."""
-    best = np.where(legal, scores, -np.inf).argmax(axis=-1)
+    best = choose(scores, legal, idle=0)
     return np.eye(legal.shape[-1], dtype=np.float32)[best] * legal.any(axis=-1, keepdims=True)
 
 
