@@ -11,8 +11,10 @@ is what training had seen until it was medium; here its snapshots share the rows
 import fcntl
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import threading
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,12 +30,11 @@ from tqdm import tqdm
 
 from common import InputError, nearest
 from common.behaviours import battles, teams, uniform, waypoints
-from common.datasets import data_name
+from common.datasets import BUILT_IN_SIZES, QUALITIES, data_name
 from common.envs import TASKS, num_cores
 from common.envs.mujoco import make_single
 
 POLICY_DIR = Path(__file__).parent
-QUALITIES = ("random", "medium", "medium-replay", "expert")
 CHUNK_ROWS = 10_000
 """A piece of work. A file depends on it, but not on how many processes share the pieces."""
 WEIGHTS = ("w0", "b0", "w1", "b1", "w_mean", "b_mean", "w_log_std", "b_log_std")
@@ -237,28 +238,56 @@ def work() -> None:
 # --- The file ---
 
 
-def _write(file: h5py.File, task: str, quality: str, size: int, num_workers: int) -> None:
-    every = 0.3 if sys.stderr.isatty() else 10
-    name = data_name(task, quality)
-    bar = tqdm(total=size, desc=f"making {name}", unit_scale=True, mininterval=every)
+class Bar(tqdm):
+    """A progress bar at whose next update Ctrl-C takes effect, at the latest at its end.
+
+    Raised at once, KeyboardInterrupt would now and then be lost: h5py runs Python code in callbacks
+    that no exception leaves.
+    """
+
+    interrupted = False
+
+    def __enter__(self):
+        # Other threads cannot set a handler, and whoever handles or ignores it shall go on doing so
+        self.handles = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+        if self.handles:
+            signal.signal(signal.SIGINT, self._on_signal)
+        return super().__enter__()
+
+    def _on_signal(self, number, frame) -> None:
+        self.interrupted = True
+
+    def update(self, n: float = 1) -> bool | None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        return super().update(n)
+
+    def __exit__(self, exc_type, exc_value, traceback) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        if self.handles:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.interrupted and exc_type is None:
+            raise KeyboardInterrupt
+
+
+def _write(file: h5py.File, task: str, quality: str, size: int, num_workers: int, bar: Bar) -> None:
     if TASKS[task].family == "particle":
-        with bar:
-            uniform.write(file, task, size, bar)
+        uniform.write(file, task, size, bar)
         return
     if TASKS[task].family == "maze":
-        num_workers = min(num_workers, -(-size // waypoints.PIECE_ROWS))
-        with bar, Workers(num_workers) as workers:
+        with Workers(min(num_workers, -(-size // waypoints.PIECE_ROWS))) as workers:
             waypoints.write(file, task, size, bar, workers)
         for module in (mujoco, np):
             file[f"metadata/versions/{module.__name__}"] = module.__version__
         return
     if TASKS[task].family == "smax":
-        with bar:
-            battles.write(file, task, quality, size, bar)
+        battles.write(file, task, quality, size, bar)
         return
     if is_teams(task):
-        with bar:
-            teams.write(file, task, quality, size, bar)
+        teams.write(file, task, quality, size, bar)
         return
     parts = plan(task, quality, size)
     shapes = columns(task)
@@ -266,7 +295,7 @@ def _write(file: h5py.File, task: str, quality: str, size: int, num_workers: int
         file.create_dataset(key, (size, *shape), dtype)
     num_chunks = sum(len(chunks) for _, chunks in parts)
     done = 0
-    with bar, Workers(min(num_workers, num_chunks)) as workers:
+    with Workers(min(num_workers, num_chunks)) as workers:
         submitted = [(rows, [workers.submit(chunk) for chunk in chunks]) for rows, chunks in parts]
         for rows, futures in submitted:
             end = done + rows
@@ -305,16 +334,13 @@ def make(
     `path`, waits for that instead.
     Raises InputError for unknown names, a size below 1 and a place that cannot be written to.
     """
-    family = TASKS[task].family if task in TASKS else "mujoco"
-    known = {"mujoco": QUALITIES[:3], "particle": QUALITIES[:1], "maze": ("",)}
-    known["smax"] = battles.QUALITIES
-    has_all = task in TASKS and is_teams(task)
-    expected = QUALITIES if has_all else known.get(family, QUALITIES)
+    expected = tuple(BUILT_IN_SIZES.get(task, QUALITIES))
     if quality not in expected:
         hint = nearest(quality, expected) if expected[0] else "expected none"
         raise InputError(f"unknown built-in data quality {quality!r} of {task}: {hint}")
     if size < 1:
         raise InputError(f"built-in data of {size} transitions: expected at least 1")
+    family = TASKS[task].family if task in TASKS else "mujoco"
     if family == "mujoco" or (family in ("mpe", "smax") and quality != "random"):
         load_policies(task)
     path = Path(path)
@@ -335,8 +361,13 @@ def make(
             if not partial.exists():  # the other failed and took the locked file away
                 return make(task, quality, size, path, num_workers)
         try:
-            with h5py.File(partial, "w", locking=False) as file:
-                _write(file, task, quality, size, num_workers or num_cores())
+            every = 0.3 if sys.stderr.isatty() else 10
+            name = f"making {data_name(task, quality)}"
+            with (
+                Bar(total=size, desc=name, unit_scale=True, mininterval=every) as bar,
+                h5py.File(partial, "w", locking=False) as file,
+            ):
+                _write(file, task, quality, size, num_workers or num_cores(), bar)
             os.fsync(lock.fileno())
             os.replace(partial, path)
         except BaseException:
