@@ -142,7 +142,7 @@ def test_parallel_env_equals_vec():
 
 
 def test_bad_input(monkeypatch, capsys, tmp_path):
-    with pytest.raises(InputError, match="split 1x2: maze2d-umaze has one agent"):
+    with pytest.raises(InputError, match="split 1x2: maze2d-umaze has no joints"):
         make_vec("maze2d-umaze", 1, 0, "1x2")
     for name in ("gymnasium_robotics", "gymnasium_robotics.envs.maze"):
         monkeypatch.setitem(sys.modules, name, None)

@@ -261,7 +261,7 @@ def make_vec(
         from common.envs.workers import WorkerVecEnv
 
         return WorkerVecEnv(task, num_envs, seed, split, num_workers)
-    return family.make_vec(task, num_envs, seed, split)
+    return family.make_vec(task, num_envs, seed, **_joints(task, split))
 
 
 def num_cores() -> int:
@@ -275,7 +275,7 @@ def parallel_env(task: str, split: str | None = None, render_mode: str | None = 
 
     Raises InputError for an unknown task or split.
     """
-    return _family(task).parallel_env(task, split, render_mode)
+    return _family(task).parallel_env(task, render_mode=render_mode, **_joints(task, split))
 
 
 def win_rate(task: str, returns: list[float]) -> float | None:
@@ -315,3 +315,12 @@ def _family(task: str) -> ModuleType:
         hint = nearest(task, TASKS)
         raise InputError(f"unknown task {task!r}: {hint} (or package.module:factory)")
     return import_module(f"common.envs.{TASKS[task].family}")
+
+
+def _joints(task: str, split: str | None) -> dict[str, str]:
+    """The argument of the families whose agents share the joints of a robot."""
+    if split is None:
+        return {}
+    if task not in TASKS or not TASKS[task].split:
+        raise InputError(f"--split {split}: {task} has no joints to divide, its agents are its own")
+    return {"split": split}

@@ -94,15 +94,9 @@ class MazeTeam:
         self.env.close()
 
 
-def make_vec(task: str, num_envs: int, seed: int, split: str | None = None) -> VecEnv:
+def make_vec(task: str, num_envs: int, seed: int) -> VecEnv:
     """See `common.envs.make_vec`."""
-    _refuse_split(task, split)
     return VecEnv([MazeTeam(task) for _ in range(num_envs)], seed)
-
-
-def _refuse_split(task: str, split: str | None) -> None:
-    if split is not None:
-        raise InputError(f"--split {split}: {task} has one agent, nothing to divide")
 
 
 # --- PettingZoo ---
@@ -168,9 +162,6 @@ class MazeParallelEnv(ParallelEnv):
         self.team.close()
 
 
-def parallel_env(
-    task: str, split: str | None = None, render_mode: str | None = None
-) -> MazeParallelEnv:
+def parallel_env(task: str, render_mode: str | None = None) -> MazeParallelEnv:
     """See `common.envs.parallel_env`."""
-    _refuse_split(task, split)
     return MazeParallelEnv(task, render_mode)

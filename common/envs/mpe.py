@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 from gymnasium.spaces import Box
 
-from common import InputError
 from common.envs import AGENT_COLOURS, TASKS
 from common.envs.particle import ParticleParallelEnv, ParticleVecEnv, blank, disc
 
@@ -267,10 +266,8 @@ class SimpleWorld(Chase):
 CLASSES = {"simple-spread": SimpleSpread, "simple-tag": SimpleTag, "simple-world": SimpleWorld}
 
 
-def make_vec(task: str, num_envs: int, seed: int, split: str | None = None) -> MpeVecEnv:
+def make_vec(task: str, num_envs: int, seed: int) -> MpeVecEnv:
     """See `common.envs.make_vec`."""
-    if split is not None:
-        raise InputError(f"--split {split}: the agents of {task} have no joints to divide")
     row = TASKS[task]
     return CLASSES[row.env_id](num_envs=num_envs, seed=seed, **row.kwargs)
 
@@ -294,9 +291,9 @@ class MpeParallelEnv(ParticleParallelEnv):
         return None if self.render_mode is None else draw(self.vec)
 
 
-def parallel_env(task: str, split: str | None = None, render_mode: str | None = None):
+def parallel_env(task: str, render_mode: str | None = None) -> MpeParallelEnv:
     """See `common.envs.parallel_env`."""
-    return MpeParallelEnv(task, split, render_mode)
+    return MpeParallelEnv(task, render_mode)
 
 
 # --- Pictures ---

@@ -151,9 +151,8 @@ class ParallelTeam:
         self.env.close()
 
 
-def make_vec(task: str, num_envs: int, seed: int, split: str | None = None) -> VecEnv:
+def make_vec(task: str, num_envs: int, seed: int) -> VecEnv:
     """See `common.envs.make_vec`."""
-    _refuse_split(task, split)
     teams = [ParallelTeam(task) for _ in range(num_envs)]
     for kind, sizes in (("observations", teams[0].obs_sizes), ("actions", teams[0].action_sizes)):
         if len(set(sizes)) > 1:
@@ -164,15 +163,7 @@ def make_vec(task: str, num_envs: int, seed: int, split: str | None = None) -> V
     return VecEnv(teams, seed)
 
 
-def parallel_env(
-    task: str, split: str | None = None, render_mode: str | None = None
-) -> ParallelEnv:
+def parallel_env(task: str, render_mode: str | None = None) -> ParallelEnv:
     """See `common.envs.parallel_env`; `render_mode`, where given, is handed to the factory."""
-    _refuse_split(task, split)
     factory = find_factory(task)
     return factory() if render_mode is None else factory(render_mode=render_mode)
-
-
-def _refuse_split(task: str, split: str | None) -> None:
-    if split is not None:
-        raise InputError(f"split {split!r} cannot be applied to {task!r}: its agents are its own")

@@ -225,10 +225,8 @@ CLASSES = {
 }
 
 
-def make_vec(task: str, num_envs: int, seed: int, split: str | None = None) -> ParticleVecEnv:
+def make_vec(task: str, num_envs: int, seed: int) -> ParticleVecEnv:
     """See `common.envs.make_vec`."""
-    if split is not None:
-        raise InputError(f"--split {split}: the agents of {task} have no joints to divide")
     row = TASKS[task]
     return CLASSES[row.env_id](num_envs=num_envs, seed=seed, **row.kwargs)
 
@@ -241,10 +239,10 @@ class ParticleParallelEnv(ParallelEnv):
 
     make_vec = staticmethod(make_vec)
 
-    def __init__(self, task: str, split: str | None = None, render_mode: str | None = None):
+    def __init__(self, task: str, render_mode: str | None = None):
         if render_mode not in (None, "rgb_array"):
             raise InputError(f"render_mode {render_mode!r}: {task} has only rgb_array")
-        self.vec = self.make_vec(task, 1, 0, split)
+        self.vec = self.make_vec(task, 1, 0)
         self.vec.first_seed = None
         self.task, self.render_mode = task, render_mode
         self.metadata = {"name": task, "render_modes": ["rgb_array"], "render_fps": 10}
@@ -309,11 +307,9 @@ class ParticleParallelEnv(ParallelEnv):
         pass
 
 
-def parallel_env(
-    task: str, split: str | None = None, render_mode: str | None = None
-) -> ParticleParallelEnv:
+def parallel_env(task: str, render_mode: str | None = None) -> ParticleParallelEnv:
     """See `common.envs.parallel_env`."""
-    return ParticleParallelEnv(task, split, render_mode)
+    return ParticleParallelEnv(task, render_mode)
 
 
 # --- Pictures ---

@@ -105,14 +105,12 @@ class SmacParallelEnv(ParallelEnv):
         self.env.close()
 
 
-def make_vec(task: str, num_envs: int, seed: int, split: str | None = None) -> VecEnv:
+def make_vec(task: str, num_envs: int, seed: int) -> VecEnv:
     """See `common.envs.make_vec`; every team is a game of its own."""
-    teams = [ParallelTeam(task, parallel_env(task, split)) for _ in range(num_envs)]
+    teams = [ParallelTeam(task, parallel_env(task)) for _ in range(num_envs)]
     return VecEnv(teams, seed)
 
 
-def parallel_env(task: str, split: str | None = None, render_mode: str | None = None):
+def parallel_env(task: str, render_mode: str | None = None) -> SmacParallelEnv:
     """See `common.envs.parallel_env`."""
-    if split is not None:
-        raise InputError(f"--split {split}: the agents of {task} have no joints to divide")
     return SmacParallelEnv(task, render_mode)

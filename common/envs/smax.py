@@ -162,16 +162,9 @@ class SmaxVecEnv(VecEnv):
         pass
 
 
-def make_vec(task: str, num_envs: int, seed: int, split: str | None = None) -> SmaxVecEnv:
+def make_vec(task: str, num_envs: int, seed: int) -> SmaxVecEnv:
     """See `common.envs.make_vec`."""
-    refuse_split(task, split)
     return SmaxVecEnv(task, num_envs, seed)
-
-
-def refuse_split(task: str, split: str | None) -> None:
-    """Raises InputError where there is a split."""
-    if split is not None:
-        raise InputError(f"--split {split}: the agents of {task} have no joints to divide")
 
 
 # --- PettingZoo ---
@@ -250,9 +243,8 @@ class SmaxParallelEnv(ParallelEnv):
         pass
 
 
-def parallel_env(task: str, split: str | None = None, render_mode: str | None = None):
+def parallel_env(task: str, render_mode: str | None = None) -> SmaxParallelEnv:
     """See `common.envs.parallel_env`."""
-    refuse_split(task, split)
     return SmaxParallelEnv(task, render_mode)
 
 
