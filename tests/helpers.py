@@ -1,6 +1,9 @@
 """Random data, a brute-force network and closed forms that the scripts' tests share."""
 
+import importlib
+
 import numpy as np
+import pytest
 import torch
 
 from common.datasets import TeamDataset
@@ -85,3 +88,111 @@ def best_gain(cost, gamma=0.9, push=0.3):
         k = gamma * push * p / (cost + gamma * push**2 * p)
         p = 1 + cost * k**2 + gamma * p * (1 - push * k) ** 2
     return k
+
+
+def linear_quadratic_error(agent, num_updates, num_last, kind_of=None):
+    """Mean distance of two groups' policies, (2,), from the best gain in s' = s + 0.3 a + noise.
+
+    Uniform actions, observed as 50 + 10 s; each group has its own cost of an action, and so its own
+    gain. Policies are averaged over the last updates.
+    """
+    agent.obs_mean.fill_(50.0)
+    agent.obs_std.fill_(10.0)
+    costs = torch.tensor([1.0, 3.0]).view(2, 1)
+    gains = torch.tensor([best_gain(1.0), best_gain(3.0)]).view(2, 1, 1)
+    line, chosen = torch.linspace(-1, 1, 41).view(1, 41, 1).expand(2, -1, -1), []
+    for number in range(1, num_updates + 1):
+        state, actions = torch.rand(2, 128, 1) * 3 - 1.5, torch.rand(2, 128, 1) * 2 - 1
+        rewards = -state.square().squeeze(2) - costs * actions.square().squeeze(2)
+        next_state = state + 0.3 * actions + 0.05 * torch.randn_like(state)
+        batch = {"obs": 50 + 10 * state, "next_obs": 50 + 10 * next_state, "actions": actions}
+        batch |= {"rewards": rewards, "terminations": torch.zeros(2, 128)}
+        update_number(agent, batch, number, kind_of)
+        if number > num_updates - num_last:
+            chosen.append(agent.act(50 + 10 * line))
+    return (torch.stack(chosen).mean(0) + gains * line).abs().mean((1, 2))
+
+
+# --- The scripts ---
+
+# Name of the learner, flags that make a run tiny, and the steps that each of the learner's
+# optimisers then makes in 60 offline updates and twice 20
+SCRIPTS = {
+    "otc_bcq": ("BCQ", "--num-act-actions 5", [100, 100, 100]),
+    "otc_awac": ("AWAC", "", [100, 100]),
+    "otc_cql": ("CQL", "--num-penalty-actions 3", [100, 100, 100, 0]),
+    "otc_td3bc": ("TD3BC", "--policy-delay 3", [100, 20 + 6 + 6]),
+    "otc_bremen": (
+        "BREMEN",
+        "--num-models 2 --clone-updates 40 --improve-every 10 --rollouts 8 --rollout-length 4 "
+        "--value-updates 3 --cg-iterations 3",
+        [100, 40 + (2 + 2 + 2) * 3, 40],
+    ),
+    "omar": ("OMAR", "--sampler-samples 3 --num-penalty-actions 3", [100, 100]),
+    "icq": ("ICQ", "", [100, 100]),
+    "otc_cql_discrete": ("DiscreteCQL", "", [100]),
+}
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+# Those with twin critics and their targets, and those whose observations are numbers with a scale
+WITH_TARGETS = [script for script in SCRIPTS if script != "otc_bremen"]
+WITH_SCALES = ["otc_awac", "otc_cql", "otc_td3bc", "omar", "icq"]
+
+
+def make(script, G, device="cpu", **options):
+    """A small learner, and the kinds that its updates have: a function of their number."""
+    module = importlib.import_module(script)
+    if script == "otc_bremen":
+        options = {"num_models": 2, "clone_updates": 8, "improve_every": 4, **options}
+        # Few iterations: a converged conjugate gradient amplifies rounding.
+        options |= {"rollouts": 8, "rollout_length": 4, "value_updates": 3, "cg_iterations": 4}
+    args = module.Args(hidden_size=16, batch_size=16, **options)
+    with torch.device(device):
+        agent = getattr(module, SCRIPTS[script][0])(G, OBS_DIM, ACTION_DIM, args)
+    kind_of = None
+    if script == "otc_td3bc":
+
+        def kind_of(number):
+            return number % args.policy_delay == 0
+
+    if script == "otc_bremen":
+
+        def kind_of(number):
+            if number <= args.clone_updates:
+                return "clone"
+            return "fit" if number % args.improve_every else "improve"
+
+    return agent, kind_of
+
+
+def update(agent, batch, *kind):
+    """One update as the scripts make it, with imagined rollouts from the batch's own states, and
+    actions that follow where the batch has none."""
+    if type(agent).__name__ == "ICQ" and "next_actions" not in batch:
+        followed = {"next_actions": batch["actions"].roll(1, dims=1)}
+        batch = batch | followed | {"is_followed": 1 - batch["terminations"]}
+    losses = agent.update(batch, *kind)
+    if kind == ("improve",):
+        losses |= agent.improve(batch["obs"][:, : agent.args.rollouts])
+    return losses
+
+
+def update_number(agent, batch, number, kind_of):
+    return update(agent, batch, *(() if kind_of is None else (kind_of(number),)))
+
+
+def assert_same(one, other, where="state"):
+    """Nested states are equal bit for bit."""
+    assert type(one) is type(other), where
+    if isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key in one:
+            assert_same(one[key], other[key], f"{where}[{key!r}]")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{where}[{i}]")
+    elif isinstance(one, torch.Tensor):
+        same = {"rtol": 0, "atol": 0, "equal_nan": True}
+        torch.testing.assert_close(one, other, **same, msg=lambda text: f"{where}: {text}")
+    else:
+        assert one == other or (one != one and other != other), where  # or both nan

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import ACTION_DIM, OBS_DIM
-from tests.test_scripts import data, every_script, make, only, run, scalars, tiny  # noqa: F401
+from tests.helpers import ACTION_DIM, OBS_DIM, every_script, make
+from tests.test_scripts import data, only, run, scalars, tiny  # noqa: F401
 from tests.tiny_task import ENV
 
 

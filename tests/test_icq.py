@@ -140,20 +140,6 @@ def test_rows_where_the_data_breaks_off_teach_the_critics_nothing():
     assert all(map(torch.equal, *ends))
 
 
-def test_twin_critics_differ_and_targets_follow_without_gradient():
-    torch.manual_seed(0)
-    agent = ICQ(2, OBS_DIM, ACTION_DIM, Args(tau=0.25))
-    before = [p.clone() for p in agent.target.parameters()]
-    agent.update(followed_batch(2))
-    pairs = zip(before, agent.live.parameters(), agent.target.parameters(), strict=True)
-    for old, live, target in pairs:
-        assert not torch.equal(old, live)
-        torch.testing.assert_close(target, 0.75 * old + 0.25 * live)
-    for first, second in zip(agent.qf1.parameters(), agent.qf2.parameters(), strict=True):
-        assert not torch.equal(first, second)
-    assert all(p.grad is None and not p.requires_grad for p in agent.target.parameters())
-
-
 def test_a_bandit_ends_in_its_closed_form_and_each_group_in_its_own():
     """Uniform actions, reward k a: the policy is the best Gaussian fit to exp(k a / temperature) on
     [-1, 1], whose mean is coth(x) - 1/x, x = k / temperature."""

@@ -18,29 +18,6 @@ from tests.helpers import (
 # --- The learner ---
 
 
-def test_twin_critics_differ_and_targets_start_as_copies_without_gradient():
-    torch.manual_seed(0)
-    agent = BCQ(2, OBS_DIM, ACTION_DIM, Args())
-    for first, second in zip(agent.qf1.parameters(), agent.qf2.parameters(), strict=True):
-        assert not torch.equal(first, second)
-    for live, target in zip(agent.live.parameters(), agent.target.parameters(), strict=True):
-        assert torch.equal(live, target) and live.data_ptr() != target.data_ptr()
-    for _ in range(3):
-        agent.update(random_batch(2))
-    assert all(p.grad is None and not p.requires_grad for p in agent.target.parameters())
-    assert not torch.equal(agent.qf1.network[0].weight, agent.qf2.network[0].weight)
-
-
-def test_targets_follow_at_rate_tau():
-    torch.manual_seed(0)
-    agent = BCQ(2, OBS_DIM, ACTION_DIM, Args(tau=0.25))
-    before = [p.clone() for p in agent.target.parameters()]
-    agent.update(random_batch(2))
-    pairs = zip(before, agent.live.parameters(), agent.target.parameters(), strict=True)
-    for old, live, target in pairs:
-        torch.testing.assert_close(target, 0.75 * old + 0.25 * live)
-
-
 def test_losses_equal_a_brute_force_without_batches(monkeypatch):
     """Every loss of one update in float64 loops over groups, states and decoded actions."""
     torch.manual_seed(0)

@@ -1,9 +1,8 @@
-"""What every script must do: learners that keep agents apart, whole runs, resuming, bad input."""
+"""What every script must do: whole runs, resuming, bad input."""
 
 import csv
 import dataclasses
 import importlib
-import io
 import os
 import shutil
 import signal
@@ -12,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -19,282 +19,25 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from common import runs
 from common.replay import Replay
-from tests.helpers import ACTION_DIM, OBS_DIM, add_deployment, random_batch, random_team
+from tests.helpers import (
+    SCRIPTS,
+    WITH_SCALES,
+    assert_same,
+    every_script,
+)
 from tests.tiny_task import DISCRETE_ENV, ENV, write_data, write_discrete_data
 
 ROOT = Path(__file__).parent.parent
 
-# Name of the learner, flags that make a run tiny, and the steps that each of the learner's
-# optimisers then makes in 60 offline updates and twice 20
-SCRIPTS = {
-    "otc_bcq": ("BCQ", "--num-act-actions 5", [100, 100, 100]),
-    "otc_awac": ("AWAC", "", [100, 100]),
-    "otc_cql": ("CQL", "--num-penalty-actions 3", [100, 100, 100, 0]),
-    "otc_td3bc": ("TD3BC", "--policy-delay 3", [100, 20 + 6 + 6]),
-    "otc_bremen": (
-        "BREMEN",
-        "--num-models 2 --clone-updates 40 --improve-every 10 --rollouts 8 --rollout-length 4 "
-        "--value-updates 3 --cg-iterations 3",
-        [100, 40 + (2 + 2 + 2) * 3, 40],
-    ),
-    "omar": ("OMAR", "--sampler-samples 3 --num-penalty-actions 3", [100, 100]),
-    "icq": ("ICQ", "", [100, 100]),
-    "otc_cql_discrete": ("DiscreteCQL", "", [100]),
-}
 QUICK = (
     "--offline-updates 60 --deployments 2 --deployment-steps 60 --finetune-updates 20 "
     "--candidates 32 --references 40 --batch-size 16 --eval-every 30 --hidden-size 16 "
     "--distance-candidates 100 --device cpu"
 ).split()
 
-every_script = pytest.mark.parametrize("script", SCRIPTS)
-
 
 def tiny(script):
     return [*QUICK, *SCRIPTS[script][1].split()]
-
-
-# --- Learners ---
-
-
-def make(script, G, device="cpu", **options):
-    """A small learner, and the kinds that its updates have: a function of their number."""
-    module = importlib.import_module(script)
-    if script == "otc_bremen":
-        options = {"num_models": 2, "clone_updates": 8, "improve_every": 4, **options}
-        # Few iterations: a converged conjugate gradient amplifies rounding.
-        options |= {"rollouts": 8, "rollout_length": 4, "value_updates": 3, "cg_iterations": 4}
-    args = module.Args(hidden_size=16, batch_size=16, **options)
-    with torch.device(device):
-        agent = getattr(module, SCRIPTS[script][0])(G, OBS_DIM, ACTION_DIM, args)
-    kind_of = None
-    if script == "otc_td3bc":
-
-        def kind_of(number):
-            return number % args.policy_delay == 0
-
-    if script == "otc_bremen":
-
-        def kind_of(number):
-            if number <= args.clone_updates:
-                return "clone"
-            return "fit" if number % args.improve_every else "improve"
-
-    return agent, kind_of
-
-
-def update(agent, batch, *kind):
-    """One update as the scripts make it, with imagined rollouts from the batch's own states, and
-    actions that follow where the batch has none."""
-    if type(agent).__name__ == "ICQ" and "next_actions" not in batch:
-        followed = {"next_actions": batch["actions"].roll(1, dims=1)}
-        batch = batch | followed | {"is_followed": 1 - batch["terminations"]}
-    losses = agent.update(batch, *kind)
-    if kind == ("improve",):
-        losses |= agent.improve(batch["obs"][:, : agent.args.rollouts])
-    return losses
-
-
-def update_number(agent, batch, number, kind_of):
-    return update(agent, batch, *(() if kind_of is None else (kind_of(number),)))
-
-
-def assert_same(one, other, where="state"):
-    """Nested states are equal bit for bit."""
-    assert type(one) is type(other), where
-    if isinstance(one, dict):
-        assert list(one) == list(other), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}[{key!r}]")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for i, pair in enumerate(zip(one, other, strict=True)):
-            assert_same(*pair, f"{where}[{i}]")
-    elif isinstance(one, torch.Tensor):
-        same = {"rtol": 0, "atol": 0, "equal_nan": True}
-        torch.testing.assert_close(one, other, **same, msg=lambda text: f"{where}: {text}")
-    else:
-        assert one == other or (one != one and other != other), where  # or both nan
-
-
-@every_script
-def test_a_group_trains_in_the_stack_as_it_does_alone(monkeypatch, script):
-    """Same start, data and noise: group 2 of three, and the same learner by itself, in float64, so
-    that not even a trust region's choice of steps differs.
-
-    The others' data is larger by far, so that a mean over all groups would show.
-    """
-    batches = [{k: v.double() for k, v in random_batch(3, seed=i).items()} for i in range(24)]
-    for batch in batches:
-        for name in ("obs", "next_obs", "rewards"):
-            batch[name][:2] *= 10
-
-    def in_every_group(numbers, shape):
-        return torch.as_tensor(numbers(tuple(shape[1:]))).expand(tuple(shape))
-
-    def normal(*shape, device=None):
-        return in_every_group(lambda s: noise.normal(size=s), shape)
-
-    def uniform(x):
-        return in_every_group(lambda s: noise.random(s), x.shape)
-
-    def integers(high, shape, device=None):
-        return in_every_group(lambda s: noise.integers(high, size=s), shape)
-
-    torch.manual_seed(0)
-    (stack, kind_of), (alone, _) = make(script, 3), make(script, 1)
-    stack.double(), alone.double()
-
-    def own(tensor):
-        """Group 2's rows; a learner may hold several networks of each group."""
-        return tensor.unflatten(0, (3, -1))[2]
-
-    with torch.no_grad():
-        for one, many in zip(alone.parameters(), stack.parameters(), strict=True):
-            one.copy_(own(many))
-    starts = [p.detach().clone() for p in alone.parameters()]
-    monkeypatch.setattr(torch, "randn", normal)
-    monkeypatch.setattr(torch, "randn_like", lambda x: normal(*x.shape))
-    monkeypatch.setattr(torch, "rand_like", uniform)
-    monkeypatch.setattr(torch, "randint", integers)
-    last = []
-    for agent, groups in ((stack, slice(None)), (alone, slice(2, 3))):
-        noise = np.random.default_rng(0)
-        for number, batch in enumerate(batches, 1):
-            its_batch = {k: v[groups] for k, v in batch.items()}
-            losses = update_number(agent, its_batch, number, kind_of)
-        last.append({tag: loss[-1] for tag, loss in losses.items()})
-    torch.testing.assert_close(*last, rtol=1e-7, atol=1e-9)
-    for one, many in zip(alone.parameters(), stack.parameters(), strict=True):
-        torch.testing.assert_close(one, own(many), rtol=1e-7, atol=1e-9)
-    named = zip(alone.named_parameters(), starts, strict=True)
-    still = {name for (name, parameter), start in named if torch.equal(parameter, start)}
-    assert still <= {"log_factor"}  # CQL's, which only --lagrange moves
-
-
-@every_script
-def test_other_agents_actions_do_not_matter_bit_for_bit(script):
-    trained = []
-    for spoil in (False, True):
-        team = random_team(num_agents=3)
-        if spoil:
-            team.actions[:, [0, 2]] = np.random.default_rng(9).uniform(-1, 1, (len(team), 2, 2))
-        torch.manual_seed(0)
-        replay = Replay(team, 1, 0, 1)
-        agent, kind_of = make(script, 3)
-        if hasattr(agent, "measure_scales"):
-            agent.measure_scales(replay)
-        for number in range(1, 21):
-            batch = replay.gather(replay.draw_offline(16))
-            update_number(agent, batch, number, kind_of)
-        trained.append([p.detach().unflatten(0, (3, -1)) for p in agent.parameters()])
-    for one, other in zip(*trained, strict=True):
-        assert torch.equal(one[1], other[1])
-    assert any(not torch.equal(one[0], other[0]) for one, other in zip(*trained, strict=True))
-
-
-@every_script
-def test_a_state_dict_holds_all_that_training_depends_on(script):
-    """Another learner that loads it goes on bit for bit as the first does."""
-    torch.manual_seed(0)
-    replay = Replay(random_team(), 2, 0, 1)
-    (first, kind_of), (second, _) = make(script, 4), make(script, 4)
-    if hasattr(first, "measure_scales"):
-        first.measure_scales(replay)
-
-    def train(agent, numbers):
-        for number in numbers:
-            batch = replay.gather(replay.draw_offline(16))
-            losses = update_number(agent, batch, number, kind_of)
-        return {name: value.clone() for name, value in losses.items()}
-
-    train(first, range(1, 14))
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
-    second.load_state_dict(torch.load(file, weights_only=True))
-    ends = []
-    for agent in (first, second):
-        torch.manual_seed(1)
-        losses = train(agent, range(14, 30))
-        ends.append((losses, agent.state_dict(), agent.act(torch.ones(4, 3, OBS_DIM))))
-    assert_same(*ends)
-
-
-@every_script
-def test_losses_and_what_the_sampler_needs_have_one_value_per_group(script):
-    torch.manual_seed(0)
-    agent, kind_of = make(script, 3)
-    tags = set()
-    for number in range(1, 14):
-        batch = random_batch(3, seed=number)
-        losses = update_number(agent, batch, number, kind_of)
-        assert all(tag.startswith("losses/") for tag in losses)
-        assert all(loss.shape == (3,) and loss.isfinite().all() for loss in losses.values())
-        assert not any(loss.requires_grad for loss in losses.values())
-        tags.add(frozenset(losses))
-    assert len(tags) == 1
-    obs, actions = batch["obs"], batch["actions"]
-    chosen, q, v = agent.act(obs), agent.q_value(obs, actions), agent.value(obs)
-    assert chosen.shape == actions.shape and chosen.abs().max() <= 1
-    assert q.shape == v.shape == obs.shape[:2]
-    assert not any(x.requires_grad for x in (chosen, q, v))
-
-
-STRATEGIES = {
-    "otc value": {"sampling": "otc", "distance": "value"},
-    "otc embedding": {"sampling": "otc", "distance": "embedding"},
-    "balanced": {"sampling": "balanced"},
-    "uniform": {"sampling": "uniform"},
-    "online": {"sampling": "online"},
-    "offline": {"sampling": "offline"},
-}
-
-
-def trained_with_diagnostics(script, strategy, device, graphed):
-    """Parameters after 40 fine-tuning updates, and what each update returned."""
-    torch.manual_seed(0)
-    options = {**STRATEGIES[strategy], "candidates": 64, "references": 30}
-    replay = Replay(random_team(), 2, 1, 40, device)
-    agent, kind_of = make(script, 4, device, **options)
-    with torch.device(device):
-        transitions = importlib.import_module(script).TransitionSampler(replay, agent.args)
-    if hasattr(agent, "measure_scales"):
-        agent.measure_scales(replay)
-    add_deployment(replay)
-    transitions.start_deployment(agent, 1)
-
-    def finetune_update(*kind):
-        index = transitions.draw(agent)
-        return update(agent, replay.gather(index), *kind) | transitions.diagnostics(index)
-
-    call, returned = runs.Graphed(finetune_update, graphed, kind_of), []
-    torch.manual_seed(1)
-    if device == "cuda":  # no update may wait for the host
-        torch.cuda.set_sync_debug_mode("default" if graphed else "error")
-    try:
-        for number in range(1, 41):
-            returned.append({tag: value.clone() for tag, value in call(number).items()})
-    finally:
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("default")
-    return [p.detach() for p in agent.parameters()], returned
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(
-    ("script", "strategy"),
-    [
-        (script, strategy)
-        for script in SCRIPTS
-        for strategy in STRATEGIES
-        if script == "otc_bcq" or strategy.startswith("otc") or strategy == "balanced"
-    ],
-)
-def test_graph_equals_eager_on_a_gpu(script, strategy):
-    eager, graph = (trained_with_diagnostics(script, strategy, "cuda", g) for g in (False, True))
-    torch.testing.assert_close(eager, graph, rtol=1e-4, atol=1e-5)
 
 
 # --- Runs ---
@@ -450,6 +193,26 @@ def test_offline_updates_see_offline_data_and_later_ones_what_the_sampler_draws(
     assert max(index.max() for index in offline) < 1000
     assert len(later) == 40 and all(map(torch.equal, later, drawn))
     assert max(index.max() for index in later) >= 1000
+
+
+@pytest.mark.parametrize("script", WITH_SCALES)
+def test_a_run_scales_by_its_file(tmp_path, monkeypatch, data, script):
+    learner = getattr(importlib.import_module(script), SCRIPTS[script][0])
+    scales, update = [], learner.update
+
+    def watched(agent, batch, *kind):
+        scales.append((agent.obs_mean.numpy().copy(), agent.obs_std.numpy().copy()))
+        return update(agent, batch, *kind)
+
+    monkeypatch.setattr(learner, "update", watched)
+    where = ["--run-dir", tmp_path / "runs"]
+    run(monkeypatch, script, "--env", ENV, "--dataset", data, *tiny(script), *where)
+    with h5py.File(data) as file:
+        obs = file["observations"][:]
+    assert len(scales) == 60 + 20 + 20
+    for mean, std in scales:
+        np.testing.assert_allclose(mean, obs.mean(0), atol=1e-5)
+        np.testing.assert_allclose(std, obs.std(0) + 1e-3, rtol=1e-3)
 
 
 @every_script
