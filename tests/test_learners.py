@@ -6,8 +6,9 @@ import io
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import runs
+from common import runs, sampler
 from common.replay import Replay
 from tests.helpers import (
     OBS_DIM,
@@ -159,11 +160,11 @@ STRATEGIES = {
 }
 
 
-def trained_with_diagnostics(script, strategy, device, graphed):
-    """Parameters after 40 fine-tuning updates, and what each update returned."""
-    torch.manual_seed(0)
-    options = {**STRATEGIES[strategy], "candidates": 64, "references": 30}
-    replay = Replay(random_team(), 2, 1, 40, device)
+def prepared(script, strategy, device="cpu", **flags):
+    """A fine-tuning update with what is logged of it, its kinds, the learner, the sampler and the
+    replay after one deployment."""
+    options = {**STRATEGIES[strategy], "candidates": 64, "references": 30, **flags}
+    replay = Replay(random_team(), 2, 2, 40, device)
     agent, kind_of = make(script, 4, device, **options)
     with torch.device(device):
         transitions = importlib.import_module(script).TransitionSampler(replay, agent.args)
@@ -172,10 +173,105 @@ def trained_with_diagnostics(script, strategy, device, graphed):
     add_deployment(replay)
     transitions.start_deployment(agent, 1)
 
+    gather = replay.gather_following if script == "icq" else replay.gather
+    if "critic" in flags:
+        gather = replay.gather_team
+
     def finetune_update(*kind):
         index = transitions.draw(agent)
-        return update(agent, replay.gather(index), *kind) | transitions.diagnostics(index)
+        return update(agent, gather(index), *kind) | transitions.diagnostics(index)
 
+    return finetune_update, kind_of, agent, transitions, replay
+
+
+class WaitsForNothing(TorchDispatchMode):
+    """Raises where an operation's result would have to be known to the host."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}
+        if func is torch.ops.aten.index.Tensor:  # only with masks
+            waits = any(index is not None and index.dtype == torch.bool for index in args[1])
+        if waits:
+            raise AssertionError(f"{func} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+def addresses(*holders):
+    """{name: address} of all the tensors that objects hold, in modules and optimisers too."""
+    found = {}
+
+    def look(name, thing):
+        if isinstance(thing, torch.Tensor):
+            found[name] = thing.data_ptr()
+        elif isinstance(thing, torch.nn.Module):
+            for key, tensor in [*thing.named_parameters(), *thing.named_buffers()]:
+                found[f"{name}.{key}"] = tensor.data_ptr()
+            for key, value in vars(thing).items():
+                look(f"{name}.{key}", value)
+        elif isinstance(thing, torch.optim.Optimizer):
+            look(f"{name}.state", list(thing.state.values()))
+        elif isinstance(thing, sampler.Priorities | Replay):
+            look(name, vars(thing))
+        elif isinstance(thing, dict):
+            for key, value in thing.items():
+                look(f"{name}.{key}", value)
+        elif isinstance(thing, list | tuple):
+            for i, value in enumerate(thing):
+                look(f"{name}.{i}", value)
+
+    for holder in holders:
+        look(type(holder).__name__, holder)
+    return found
+
+
+WITH_STRATEGY = [
+    (script, strategy)
+    for script in SCRIPTS
+    for strategy in STRATEGIES
+    if script == "otc_bcq" or strategy.startswith("otc") or strategy == "balanced"
+]
+
+
+WITH_FLAGS = [(*pair, {}) for pair in WITH_STRATEGY]
+WITH_FLAGS += [
+    ("otc_bcq", strategy, {"exclude_self_matches": True, "replacement": False})
+    for strategy in ("otc value", "otc embedding")
+]
+WITH_FLAGS += [
+    ("otc_cql", "uniform", {"lagrange": True}),
+    ("omar", "uniform", {"penalise_policy": True, "refit": "elite", "omar_coefficient": 0.5}),
+    ("omar", "uniform", {"critic": "centralised", "num_seeds": 2}),
+    ("otc_bremen", "uniform", {"termination": "learned"}),
+]
+
+
+@pytest.mark.parametrize(("script", "strategy", "flags"), WITH_FLAGS, ids=str)
+def test_an_update_can_be_captured(script, strategy, flags):
+    """Without a GPU: it never waits for the host, makes tensors on its own device only (any other
+    would be a meta tensor here), and what it reads and writes stays where it is."""
+    torch.manual_seed(0)
+    finetune_update, kind_of, agent, transitions, replay = prepared(script, strategy, **flags)
+
+    def call(number):
+        return finetune_update(*(() if kind_of is None else (kind_of(number),)))
+
+    for number in range(1, 14):
+        call(number)
+    before = addresses(agent, transitions, replay)
+    for number in range(14, 18):
+        with torch.device("meta"), WaitsForNothing():
+            returned = call(number)
+        assert all(value.device.type == "cpu" for value in returned.values())
+    add_deployment(replay, seed=2)
+    transitions.start_deployment(agent, 2)
+    call(18)
+    assert addresses(agent, transitions, replay) == before
+
+
+def trained_with_diagnostics(script, strategy, device, graphed):
+    """Parameters after 40 fine-tuning updates, and what each update returned."""
+    torch.manual_seed(0)
+    finetune_update, kind_of, agent, _, _ = prepared(script, strategy, device)
     call, returned = runs.Graphed(finetune_update, graphed, kind_of), []
     torch.manual_seed(1)
     if device == "cuda":  # no update may wait for the host
@@ -191,15 +287,7 @@ def trained_with_diagnostics(script, strategy, device, graphed):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize(
-    ("script", "strategy"),
-    [
-        (script, strategy)
-        for script in SCRIPTS
-        for strategy in STRATEGIES
-        if script == "otc_bcq" or strategy.startswith("otc") or strategy == "balanced"
-    ],
-)
+@pytest.mark.parametrize(("script", "strategy"), WITH_STRATEGY)
 def test_graph_equals_eager_on_a_gpu(script, strategy):
     eager, graph = (trained_with_diagnostics(script, strategy, "cuda", g) for g in (False, True))
     torch.testing.assert_close(eager, graph, rtol=1e-4, atol=1e-5)
