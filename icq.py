@@ -16,6 +16,7 @@ What it scores and how long it takes: docs/icq.md.
 """
 
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -295,7 +296,7 @@ class ICQ(nn.Module):
 
     def measure_scales(self, replay: Replay) -> None:
         """Take the mean and standard deviation of the offline observations, and the latter of the
-        rewards."""
+        rewards; say so where the data's rows do not follow each other."""
         obs_mean, obs_std = replay.obs_statistics()
         self.obs_mean.copy_(obs_mean)
         self.obs_std.copy_(obs_std + 1e-3)
@@ -303,6 +304,12 @@ class ICQ(nn.Module):
             self.reward_scale.copy_(1 / (replay.reward_std() + 1e-3))
         else:
             self.reward_scale.fill_(self.args.reward_scale)
+        n = replay.num_offline
+        goes_on = (replay.next_obs[:, : n - 1] == replay.obs[:, 1:n]).all(2)
+        share = (goes_on | (replay.terminations[:, : n - 1] > 0)).float().mean()
+        if share < 0.5:
+            note = f"only {share:.1%} of the data's rows are followed by their episode's next one"
+            print(f"{note}; the critics learn from no others", file=sys.stderr)
 
     def scaled(self, obs: torch.Tensor) -> torch.Tensor:
         """Observations as the networks see them: (G, batch, obs_dim)."""
@@ -380,7 +387,10 @@ class ICQ(nn.Module):
 
     def set_extra_state(self, state) -> None:
         for optimizer, its_state in zip(self.optimizers, state, strict=True):
+            learning_rate = optimizer.param_groups[0]["lr"]
             optimizer.load_state_dict(its_state)
+            # That of the flags, which may be another one than the offline policy's
+            optimizer.param_groups[0]["lr"] = learning_rate
 
 
 def batch_softmax(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -532,10 +542,12 @@ class TransitionSampler(nn.Module):
         # values rank first wherever the two means differ; see docs/otc.md.
         both = torch.cat([candidates, references.gather(1, match)], dim=1)
         next_states = self.in_parts(value_and_end, both)  # (G, 2 B, 2)
-        (v_next, is_end), (v_next_star, _) = (x.unbind(2) for x in next_states.chunk(2, 1))
-        distance = (sampler.relative_to_mean(v_next) - sampler.relative_to_mean(v_next_star)).abs()
-        # Nothing follows an end, and its V is not learned: ends are drawn as chance would.
-        return sampler.leave_unranked(distance, is_end > 0)
+        (v_next, end), (v_next_star, end_star) = (x.unbind(2) for x in next_states.chunk(2, 1))
+        # Nothing follows an end, and its V is not learned: pairs with one are drawn as by chance.
+        is_end = (end > 0) | (end_star > 0)
+        v_next = sampler.relative_to_mean(v_next, is_end)
+        v_next_star = sampler.relative_to_mean(v_next_star, is_end)
+        return sampler.leave_unranked((v_next - v_next_star).abs(), is_end)
 
     def in_parts(self, function, index: torch.Tensor) -> torch.Tensor:
         """A function of a batch, on the transitions of `index` (G, n), at most 4096 at a time:

@@ -507,7 +507,10 @@ class OMAR(nn.Module):
 
     def set_extra_state(self, state) -> None:
         for optimizer, its_state in zip(self.optimizers, state, strict=True):
+            learning_rate = optimizer.param_groups[0]["lr"]
             optimizer.load_state_dict(its_state)
+            # That of the flags, which may be another one than the offline policy's
+            optimizer.param_groups[0]["lr"] = learning_rate
 
 
 def adam(parameters, learning_rate: float) -> torch.optim.Adam:
@@ -652,10 +655,12 @@ class TransitionSampler(nn.Module):
         # values rank first wherever the two means differ; see docs/otc.md.
         both = torch.cat([candidates, references.gather(1, match)], dim=1)
         next_states = self.in_parts(value_and_end, both)  # (G, 2 B, 2)
-        (v_next, is_end), (v_next_star, _) = (x.unbind(2) for x in next_states.chunk(2, 1))
-        distance = (sampler.relative_to_mean(v_next) - sampler.relative_to_mean(v_next_star)).abs()
-        # Nothing follows an end, and its V is not learned: ends are drawn as chance would.
-        return sampler.leave_unranked(distance, is_end > 0)
+        (v_next, end), (v_next_star, end_star) = (x.unbind(2) for x in next_states.chunk(2, 1))
+        # Nothing follows an end, and its V is not learned: pairs with one are drawn as by chance.
+        is_end = (end > 0) | (end_star > 0)
+        v_next = sampler.relative_to_mean(v_next, is_end)
+        v_next_star = sampler.relative_to_mean(v_next_star, is_end)
+        return sampler.leave_unranked((v_next - v_next_star).abs(), is_end)
 
     def in_parts(self, function, index: torch.Tensor) -> torch.Tensor:
         """A function of a batch, on the transitions of `index` (G, n), at most 4096 at a time:

@@ -93,11 +93,11 @@ def check(args) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         least = 1 if isinstance(value, int) and name not in may_be_0 else 0
-        most = 1 if name in at_most_1 else np.inf
+        most = 1 if name in at_most_1 else 2**63 - 1
         expected = "more than 0" if name in above_0 else f"at least {least}"
-        expected += " and at most 1" if most == 1 else ""
+        expected += f" and at most {most}" if most == 1 or value > most else ""
         too_small = value < least or (value == 0 and name in above_0)
-        if too_small or value > most or not np.isfinite(value):
+        if too_small or not value <= most:  # nan is not either
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} is {value}; it must be {expected}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -112,6 +112,14 @@ def check(args) -> None:
             f"--improve-every {args.improve_every}: with --finetune-updates "
             f"{args.finetune_updates} the policy would not improve in any deployment"
         )
+    if args.offline_checkpoint is None and hasattr(args, "improve_every"):
+        first = args.clone_updates + args.improve_every
+        if args.offline_updates < first:
+            raise InputError(
+                f"--offline-updates {args.offline_updates}: with --clone-updates "
+                f"{args.clone_updates} and --improve-every {args.improve_every} the policy would "
+                f"only be cloned; at least {first}"
+            )
     if args.exclude_self_matches and args.references < 2:
         raise InputError(
             f"--exclude-self-matches needs --references 2 or more, not {args.references}"
@@ -254,7 +262,8 @@ def read_checkpoint(folder: str, name: str, script: str) -> dict:
 
 
 def read_offline_checkpoint(args, script: str) -> dict:
-    """The offline policy of --offline-checkpoint, trained on the same data for the same seeds.
+    """The offline policy of --offline-checkpoint, trained on the same data for the same seeds; its
+    number of offline updates becomes that of `args`.
 
     Raises:
         InputError: unreadable, of another script, or trained with other arguments.
@@ -271,6 +280,8 @@ def read_offline_checkpoint(args, script: str) -> dict:
         "num_models",
         "critic",
         "embedding_dim",
+        "reward_scale",
+        "value_unit",
     ):
         was, now = checkpoint["args"].get(name), getattr(args, name, None)
         if was != now:
@@ -284,6 +295,7 @@ def read_offline_checkpoint(args, script: str) -> dict:
             "its own --sampling and --distance must have been otc and embedding"
         )
     checkpoint["sampler"] = embedding if needed else {}
+    args.offline_updates = checkpoint["args"]["offline_updates"]
     return checkpoint
 
 
@@ -336,7 +348,12 @@ class Run:
             self.rows = checkpoint["rows"]
         else:
             self.folders = self._make_folders()
-        self.writers = [SummaryWriter(str(folder)) for folder in self.folders]
+        purge_step = None
+        if checkpoint is not None:  # what was logged after it is made again
+            phase, done = checkpoint["progress"]
+            earlier = args.offline_updates + (phase - 1) * args.finetune_updates if phase else 0
+            purge_step = earlier + done + 1
+        self.writers = [SummaryWriter(str(f), purge_step=purge_step) for f in self.folders]
         if checkpoint is None:
             table = "\n".join(f"|{k}|{v}|" for k, v in dataclasses.asdict(args).items())
             for writer in self.writers:

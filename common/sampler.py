@@ -89,29 +89,33 @@ def find_self_matches(candidates: torch.Tensor, references: torch.Tensor) -> tor
     return torch.where(indices.gather(1, position) == candidates, order.gather(1, position), -1)
 
 
-def relative_to_mean(values: torch.Tensor, floor: float = 1e-3) -> torch.Tensor:
+def relative_to_mean(
+    values: torch.Tensor, left_out: torch.Tensor | None = None, floor: float = 1e-3
+) -> torch.Tensor:
     """V / E[V] per group, as the next-state distance of d_q needs it: values (G, B) -> (G, B).
 
-    The mean's magnitude is kept from falling under `floor`, with its sign, so that values around
-    zero do not blow up.
+    The entries of the mask `left_out` (G, B) do not enter the mean. Its magnitude is kept from
+    falling under `floor`, with its sign, so that values around zero do not blow up.
     """
-    mean = values.mean(dim=1, keepdim=True)
+    weight = torch.ones_like(values) if left_out is None else (~left_out).to(values.dtype)
+    mean = (weight * values).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
     return values / torch.copysign(mean.abs().clamp(min=floor), mean)
 
 
 def leave_unranked(distance: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Distances (G, B) >= 0 in which the entries of mask (G, B) are moved to random ranks among the
     others of their group, so that they are drawn as often as chance would."""
-    num_others = (~mask).sum(1, keepdim=True)
     # Every entry gets a random key; one of the mask goes where as many others lie below it.
     order = torch.rand_like(distance).argsort(1)
     below = (~mask).gather(1, order).cumsum(1)
     below = torch.empty_like(below).scatter_(1, order, below)
+    # The intervals between the others, and one above them
+    top = 2 * distance.masked_fill(mask, 0).amax(1, keepdim=True)
     others = distance.masked_fill(mask, torch.inf).sort(1).values
-    edges = torch.cat([torch.zeros_like(others[:, :1]), others], dim=1)
-    low, high = edges.gather(1, below), edges.gather(1, (below + 1).minimum(num_others))
+    edges = torch.cat([torch.zeros_like(top), others.minimum(top), top], dim=1)
+    low, high = edges.gather(1, below), edges.gather(1, below + 1)
     moved = low + (high - low) * torch.rand_like(distance)
-    return torch.where(mask & (num_others > 0), moved, distance)
+    return torch.where(mask & (~mask).any(1, keepdim=True), moved, distance)
 
 
 def rank_probabilities(alpha: torch.Tensor, num_ranks: int) -> torch.Tensor:

@@ -178,6 +178,15 @@ def test_values_are_those_of_the_following_actions():
     torch.testing.assert_close(q, torch.tensor([[0.5, 1.5]]), rtol=0, atol=0.12)
 
 
+def test_data_that_is_not_in_order_is_noted(capsys):
+    team = random_team()
+    for in_order in (False, True):
+        if in_order:
+            team.obs[1:] = team.next_obs[:-1]
+        ICQ(2, OBS_DIM, ACTION_DIM, Args()).measure_scales(Replay(team, 1, 0, 1))
+        assert ("are followed by their episode's next one" in capsys.readouterr().err) != in_order
+
+
 def test_the_unit_of_the_rewards_does_not_matter_unless_a_scale_is_given():
     kept = {}
     for reward_scale in (None, 1.0):

@@ -6,7 +6,6 @@ import io
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import runs, sampler
 from common.replay import Replay
@@ -24,6 +23,7 @@ from tests.helpers import (
     update,
     update_number,
 )
+from tests.test_sampler import Watch
 
 
 @every_script
@@ -184,18 +184,6 @@ def prepared(script, strategy, device="cpu", **flags):
     return finetune_update, kind_of, agent, transitions, replay
 
 
-class WaitsForNothing(TorchDispatchMode):
-    """Raises where an operation's result would have to be known to the host."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        waits = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*func.tags}
-        if func is torch.ops.aten.index.Tensor:  # only with masks
-            waits = any(index is not None and index.dtype == torch.bool for index in args[1])
-        if waits:
-            raise AssertionError(f"{func} waits for the device")
-        return func(*args, **(kwargs or {}))
-
-
 def addresses(*holders):
     """{name: address} of all the tensors that objects hold, in modules and optimisers too."""
     found = {}
@@ -259,7 +247,7 @@ def test_an_update_can_be_captured(script, strategy, flags):
         call(number)
     before = addresses(agent, transitions, replay)
     for number in range(14, 18):
-        with torch.device("meta"), WaitsForNothing():
+        with torch.device("meta"), Watch():
             returned = call(number)
         assert all(value.device.type == "cpu" for value in returned.values())
     add_deployment(replay, seed=2)

@@ -116,10 +116,11 @@ def test_transition_distance_equals_its_definition(distance):
     transitions = TransitionSampler(replay, args)
     for k in (1, 2):
         add_deployment(replay, seed=k)
+        replay.terminations[0, 600:] = (torch.rand(160) < 0.3).float()
         transitions.start_deployment(agent, k)
     b, d = replay.draw_merged(20), replay.draw_latest(30)
     found = transitions.transition_distance(agent, b, d)
-    B, D = replay.gather(b), replay.gather(d)
+    B, D, num_ends = replay.gather(b), replay.gather(d), 0
     with torch.no_grad():
         for g in range(4):
             if distance == "embedding":
@@ -131,11 +132,15 @@ def test_transition_distance_equals_its_definition(distance):
                 q_star = agent.q_value(D["obs"], D["actions"])[g]
                 v, v_star = (agent.value(x["next_obs"])[g] for x in (B, D))
                 match = (q[:, None] - q_star[None]).abs().argmin(1)
-                expected = (v / v.mean() - v_star[match] / v_star[match].mean()).abs()
-                ends = B["terminations"][g] > 0  # not ranked: within the others' distances
-                assert (found[g][ends] <= expected[~ends].max()).all()
+                ends = (B["terminations"][g] > 0) | (D["terminations"][g][match] > 0)
+                v_star = v_star[match]
+                expected = (v / v[~ends].mean() - v_star / v_star[~ends].mean()).abs()
+                # Not ranked: somewhere among the others' distances
+                num_ends += int(ends.sum())
+                assert (found[g][ends] <= 2 * expected[~ends].max()).all()
                 expected[ends] = found[g][ends]
             torch.testing.assert_close(found[g], expected, rtol=1e-4, atol=1e-5)
+    assert num_ends > 5 or distance == "embedding"
 
 
 def test_a_failed_deployment_does_not_make_low_values_rank_first():
@@ -175,6 +180,28 @@ def test_ends_are_drawn_as_often_as_chance_would(value_of_ends):
     transitions = TransitionSampler(replay, args)
     drawn = [replay.gather(transitions.draw(agent))["terminations"] for _ in range(300)]
     assert abs(torch.cat(drawn).mean() - replay.terminations.mean()) < 0.02
+
+
+def test_a_match_that_ends_its_episode_does_not_rank_its_candidate():
+    """Half of the candidates have the Q of online ends, whose V is like theirs or unlike anything;
+    the others' matches agree a bit. Neither shall come first."""
+    torch.manual_seed(0)
+    args = Args(references=200, candidates=512, adaptive_alpha=False, alpha=2.0)
+    replay = Replay(random_team(n=4000), 1, 1, 200)
+    add_deployment(replay)
+    side = (torch.rand(replay.num_rows) < 0.5).float()
+    replay.obs[0, :, 0] = side  # Q
+    replay.terminations[0, :4000] = 0
+    replay.terminations[0, 4000:] = side[4000:]
+    for value_of_ends in (5.5, 1e3):
+        replay.next_obs[0, :, 0] = 5 + torch.rand(replay.num_rows)
+        replay.next_obs[0, 4000:, 0] += side[4000:] * (value_of_ends - 5.5)
+        agent = BCQ(2, OBS_DIM, ACTION_DIM, args)
+        agent.q_value = lambda obs, actions: obs[..., 0]
+        agent.value = lambda obs: obs[..., 0]
+        transitions = TransitionSampler(replay, args)
+        drawn = [replay.gather(transitions.draw(agent))["obs"][..., 0] for _ in range(300)]
+        assert abs(torch.cat(drawn).mean() - 0.5) < 0.03
 
 
 def test_self_matches_have_distance_zero_unless_excluded():

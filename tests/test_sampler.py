@@ -478,6 +478,11 @@ def test_relative_to_mean(device, rng):
     assert relative_to_mean(torch.zeros(2, 3, device=device)).eq(0).all()
     wide = array(relative_to_mean(to(values, device), floor=10.0))
     np.testing.assert_allclose(np.abs(wide), np.abs(values) / 10, rtol=1e-4, atol=1e-6)
+    left_out = rng.random(values.shape) < 0.3
+    left_out[1] = True  # nothing to take the mean of
+    without = array(relative_to_mean(to(values, device), torch.tensor(left_out, device=device)))
+    means = [values[0][~left_out[0]].mean(), 1e-3]
+    np.testing.assert_allclose(without[:2], values[:2] / np.array(means)[:, None], rtol=1e-4)
 
 
 # --- Priorities ---
@@ -700,3 +705,10 @@ def test_what_is_left_unranked_is_drawn_as_chance_would():
     assert abs(drawn[0] - mask[0].float().mean()) < 0.03
     ranked = sampler.draw_by_rank(distance, torch.full((3,), 2.0), 50)
     assert mask[0][ranked[0]].float().mean() > 0.9
+
+    # Each rank, the first and the last too, is as likely as any other
+    distance, mask = torch.rand(4000, 8), torch.arange(8).expand(4000, -1) < 3
+    changed = sampler.leave_unranked(distance, mask)
+    assert (changed.diff(dim=1) != 0).all()
+    share = changed.argsort(1).argsort(1)[:, :3].flatten().bincount(minlength=8) / 12_000
+    assert (share - 1 / 8).abs().max() < 0.015

@@ -75,6 +75,13 @@ def only(folder, pattern="*"):
     return found
 
 
+def logged_steps(folder):
+    """{tag: steps} of a run's TensorBoard, as often as they are there."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
 def scalars(folder):
     """{tag: {step: value}} of a run's TensorBoard."""
     events = EventAccumulator(str(folder))
@@ -236,6 +243,30 @@ def test_strategies_start_from_the_same_offline_policy(tmp_path, monkeypatch, da
         assert any(not torch.equal(offline[k], part[k]) for k in offline if k.endswith("weight"))
 
 
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script != "otc_bremen"])
+def test_fine_tuning_takes_its_own_learning_rates(tmp_path, monkeypatch, data, script):
+    """And the number of offline updates is the offline policy's own."""
+    monkeypatch.setattr(runs, "LOG_EVERY", 10)
+    common = ["--env", ENV, "--dataset", data, *tiny(script)]
+    run(monkeypatch, script, *common, "--run-dir", tmp_path / "a", "--deployments", 0)
+    names = [f.name for f in dataclasses.fields(importlib.import_module(script).Args)]
+    rates = [n for n in names if n.endswith("learning_rate") and n != "embedding_learning_rate"]
+    for name in rates:
+        common += ["--" + name.replace("_", "-"), 0]
+    common[common.index("--offline-updates") + 1] = 7
+    options = ["--run-dir", tmp_path / "b", "--offline-checkpoint", only(tmp_path / "a")]
+    run(monkeypatch, script, *common, *options, "--sampling", "uniform")
+    folder = only(tmp_path / "b")
+    before, after = (
+        torch.load(only(tmp_path, f"{name}/*/{file}"), weights_only=True)["agent"]
+        for name, file in (("a", "offline.pt"), ("b", "checkpoint.pt"))
+    )
+    trained = [n for n in before if n.endswith("weight") and "target" not in n]
+    assert rates and trained and all(torch.equal(before[n], after[n]) for n in trained)
+    assert runs.read_args(folder)["offline_updates"] == 60
+    assert min(scalars(folder)["otc/online_fraction"]) == 70
+
+
 class Killed(BaseException):
     """What no code of a script catches, as nothing catches SIGKILL."""
 
@@ -341,6 +372,7 @@ def test_resume_after_a_kill_ends_where_the_unbroken_run_does(tmp_path, data):
 
     whole = only(tmp_path / "unbroken")
     assert (whole / "returns.csv").read_bytes() == (folder / "returns.csv").read_bytes()
+    assert logged_steps(whole) == logged_steps(folder)  # nothing twice, nothing lost
     states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (whole, folder)]
     for state in states:
         del state["args"]
@@ -415,6 +447,7 @@ BAD = {
     "no such file": (["--dataset", "missing.hdf5"], "missing.hdf5"),
     "zero": (["--batch-size", "0"], "--batch-size is 0"),
     "negative": (["--deployments", "-1"], "--deployments is -1"),
+    "huge seed": (["--seed", "99999999999999999999"], "at most 9223372036854775807"),
     "zero deployment": (["--deployment-steps", "0"], "--deployment-steps is 0"),
     "negative alpha": (["--alpha", "-1"], "--alpha is -1"),
     "not a number": (["--learning-rate", "nan"], "--learning-rate is nan"),
@@ -455,6 +488,7 @@ OWN = {
         "lambda": (["--gae-lambda", "1.5"], "--gae-lambda is 1.5"),
         "cloning": (["--clone-updates", "-1"], "--clone-updates is -1; it must be at least 0"),
         "rollouts": (["--rollouts", "0"], "--rollouts is 0"),
+        "cloned only": ([], "--offline-updates 1: with --clone-updates 50000"),
         "no improvement": (
             ["--deployments", "1", "--finetune-updates", "50"],
             "--improve-every 100: with --finetune-updates 50",
@@ -490,9 +524,9 @@ def test_bad_input_is_two_lines_status_2_and_nothing_written(
     argv, words = case
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OTC_CACHE_DIR", str(tmp_path / "cache"))
-    if argv[0] == "DATA":
+    if argv[:1] == ["DATA"]:
         argv = ["--env", ENV, "--dataset", "point.hdf5", *argv[1:]]
-    elif argv[0] not in ("--env", "--dataset"):  # a short run, were it not refused
+    elif argv[:1] not in (["--env"], ["--dataset"]):  # a short run, were it not refused
         short = ["--offline-updates", "1", "--deployments", "0"]
         argv = ["--env", ENV, "--dataset", "point.hdf5", *short, *argv]
     argv = [word.replace("DATA", "point.hdf5") for word in argv]
