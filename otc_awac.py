@@ -77,7 +77,8 @@ class Args:
     resume: str | None = None
     """run folder to continue, with the arguments it was started with"""
     offline_checkpoint: str | None = None
-    """run folder whose offline policy to start the deployments from, instead of training one"""
+    """run folder whose offline policy to start the deployments from, instead of training one; its
+    own number of offline updates counts, not this one's"""
 
     # OTC arguments, the same in every script
     sampling: Literal["otc", "uniform", "balanced", "online", "offline"] = "otc"
