@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Strategies from the same offline policies, ten deployments; 3 seeds unless the flags say otherwise.
+# Strategies from the same offline policies; 3 seeds and ten deployments unless the flags say otherwise.
 #
 #     benchmarks/strategies.sh SCRIPT ENV "STRATEGY, STRATEGY, ..." "OFFLINE FLAGS" "ONLINE FLAGS"
 #     benchmarks/strategies.sh otc_awac hopper-medium "otc --distance embedding, uniform, offline" \
