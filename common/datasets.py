@@ -10,6 +10,7 @@ another.
 """
 
 import argparse
+import fcntl
 import hashlib
 import os
 import re
@@ -18,6 +19,8 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -137,11 +140,15 @@ def built_in_path(task: str, quality: str, size: int) -> Path:
     here = Path(__file__).parent
     makers = {
         "mujoco": [f"behaviours/{task}.npz"],
-        "particle": ["envs/particle.py"],
+        "particle": ["envs/particle.py", "behaviours/uniform.py"],
         "maze": ["envs/maze.py", "behaviours/waypoints.py"],
         "mpe": ["envs/particle.py", "envs/mpe.py", f"envs/{task}-prey.npz"],
-        "smax": ["envs/smax.py", "behaviours/battles.py"],
+        "smax": ["envs/smax.py", "behaviours/battles.py", "behaviours/uniform.py"],
     }[TASKS[task].family]
+    if TASKS[task].local:
+        makers.append("envs/mujoco.py")
+    if TASKS[task].local or TASKS[task].family == "mpe":
+        makers += ["behaviours/uniform.py", "behaviours/teams.py"]
     if TASKS[task].family in ("mpe", "smax") and quality != "random":
         makers.append(f"behaviours/{task}.npz")
     checksum = 0
@@ -175,7 +182,8 @@ def load(
     task, quality = parse_env(env)
     if size is not None and size < 1:
         raise InputError(f"--dataset-size {size}: expected at least 1")
-    is_minari_id = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", dataset) and not is_omar(dataset)
+    is_id = re.fullmatch(r"([\w-]+/)*[\w-]+-v\d+", dataset)
+    is_minari_id = is_id and not Path(dataset).is_dir()
     is_file = dataset.endswith((".hdf5", ".h5")) or (Path(dataset).exists() and not is_minari_id)
     is_folder = is_file and Path(dataset).is_dir()
     named = dataset in ("built-in", "d4rl", "minari")
@@ -249,6 +257,8 @@ def _team(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> TeamD
 
     num_agents, obs_dim, action_dim = vec.num_agents, vec.obs_dim, vec.action_dim
     obs_widths = (obs_dim, num_agents * obs_dim)
+    if task in TASKS and TASKS[task].family in ("mpe", "smax"):  # nobody sees what another does
+        obs_widths = (num_agents * obs_dim,)
     seen = getattr(vec, "seen", None)
     if seen is not None:  # the agents see parts of the full state, which data may hold instead
         obs_widths = (vec.state_dim, num_agents * obs_dim)
@@ -436,40 +446,74 @@ def _robot(task: str) -> str:
     return task.removesuffix("-local")
 
 
+@contextmanager
+def made_once(path: Path) -> Iterator[Path | None]:
+    """`path.partial`, locked, to make `path` from; None where `path` is there, which another
+    process may still be making at first: then waits for it.
+
+    The partial file stays if the body fails, unless it is empty.
+    Raises OSError where it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    while True:
+        with open(partial, "ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                note = f"waiting for another process that is making {path}"
+                print(note, file=sys.stderr, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_SH)  # no obstacle to HDF5, which locks what it reads
+                continue
+            if not partial.exists() or not os.path.samestat(os.stat(lock.fileno()), partial.stat()):
+                continue  # another has moved the locked file into place, or taken it away
+            try:
+                yield None if path.exists() else partial
+            finally:
+                if partial.exists() and partial.stat().st_size == 0:
+                    partial.unlink()
+            return
+
+
 def _download(url: str, path: Path) -> None:
     """`url` -> `path` through `path.partial`, which the next call continues if this one is cut."""
-    partial = path.with_name(path.name + ".partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        start = partial.stat().st_size if partial.exists() else 0
-        request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
-        try:
-            response = urllib.request.urlopen(request, timeout=60)
-        except urllib.error.HTTPError as error:
-            if error.code != 416:  # nothing after `start`: what is there cannot be trusted
-                raise
-            start = 0
-            response = urllib.request.urlopen(url, timeout=60)
-        with response:
-            resumed = response.status == 206
-            done = start if resumed else 0
-            length = response.headers["Content-Length"]
-            total = None if length is None else done + int(length)
-            print(f"{'resuming' if resumed else 'downloading'} {url}", file=sys.stderr)
-            bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, unit_divisor=1024)
-            with bar, open(partial, "ab" if resumed else "wb") as file:
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    done += len(chunk)
-                    bar.update(len(chunk))
-        if total is not None and done != total:
-            raise ConnectionError(f"cut off after {done} of {total} bytes, run again to continue")
+        with made_once(path) as partial:
+            if partial is not None:
+                _fetch(url, path, partial)
     except (OSError, HTTPException) as error:
         raise InputError(
             f"cannot download {url}: {error}; or put the file by hand at {path}"
         ) from error
+
+
+def _fetch(url: str, path: Path, partial: Path) -> None:
+    """Continue `partial`, and move it to `path` when it is whole."""
+    start = partial.stat().st_size
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
-        h5py.File(partial, "r").close()
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # nothing after `start`: what is there cannot be trusted
+            raise
+        start = 0
+        response = urllib.request.urlopen(url, timeout=60)
+    with response:
+        resumed = response.status == 206
+        done = start if resumed else 0
+        length = response.headers["Content-Length"]
+        total = None if length is None else done + int(length)
+        print(f"{'resuming' if resumed else 'downloading'} {url}", file=sys.stderr)
+        bar = tqdm(total=total, initial=done, unit="B", unit_scale=True, unit_divisor=1024)
+        with bar, open(partial, "ab" if resumed else "wb") as file:
+            while chunk := response.read(1 << 20):
+                file.write(chunk)
+                done += len(chunk)
+                bar.update(len(chunk))
+    if total is not None and done != total:
+        raise ConnectionError(f"cut off after {done} of {total} bytes, run again to continue")
+    try:
+        h5py.File(partial, "r", locking=False).close()
     except OSError as error:
         partial.unlink()
         raise InputError(f"{url} sent no HDF5 file; put it by hand at {path}") from error
@@ -667,7 +711,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.rows < 1 or args.seed < 0:
             raise InputError(f"--rows {args.rows} --seed {args.seed}: expected at least 1 and 0")
-        tasks = [task for task, row in TASKS.items() if row.family == "mujoco"]
+        tasks = [task for task, row in TASKS.items() if row.family == "mujoco" and not row.local]
         task = max((t for t in tasks if args.file.name.startswith(t)), key=len, default="")
         if args.env:
             task = parse_env(args.env)[0]

@@ -238,15 +238,30 @@ def read_args(folder: str | Path) -> dict:
     return read_record(folder)["args"]
 
 
+def seeds_folders(folder: str | Path) -> list[Path]:
+    """The folders of all the seeds of the run in `folder`, the first seed's first.
+
+    Raises:
+        InputError: no run, or several seeds' whose folders do not have their names any more.
+    """
+    folder, names = Path(folder).resolve(), read_record(folder).get("folders", [])
+    if len(names) < 2:
+        return [folder]  # by whatever name
+    if folder.name not in names:
+        raise InputError(
+            f"{folder} was copied or renamed; the seeds of a run find each other by their names: "
+            f"{names[0]} and {len(names) - 1} more"
+        )
+    return [folder.parent / name for name in names]
+
+
 def read_checkpoint(folder: str, name: str, script: str) -> dict:
     """A checkpoint's content; `folder` may be any of the folders of a run of several seeds.
 
     Raises:
         InputError: missing, unreadable, foreign, or of another script than `script`.
     """
-    siblings = read_record(folder).get("folders", [])
-    first = Path(folder).resolve().parent / siblings[0] if siblings else Path(folder)
-    path = first / name
+    path = seeds_folders(folder)[0] / name
     if not path.exists():
         raise InputError(f"{path} does not exist: the run was stopped before it was first written")
     try:
@@ -343,8 +358,7 @@ class Run:
         self.rows: list[list[dict]] = [[] for _ in self.seeds]
         self.stop_signal = None
         if checkpoint is not None:
-            folder = Path(args.resume).resolve()
-            self.folders = [folder.parent / name for name in read_record(folder)["folders"]]
+            self.folders = seeds_folders(args.resume)
             self.rows = checkpoint["rows"]
         else:
             self.folders = self._make_folders()
@@ -365,13 +379,14 @@ class Run:
         env = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.args.env)
         base = Path(self.args.run_dir)
         try:
+            base.mkdir(parents=True, exist_ok=True)
             stamp = int(time.time())
             while True:  # another run may have begun in the same second
                 names = [f"{env}__{self.script}__{seed}__{stamp}" for seed in self.seeds]
                 folders = [base / name for name in names]
                 try:
                     for folder in folders:
-                        folder.mkdir(parents=True)
+                        folder.mkdir()
                     break
                 except FileExistsError:
                     stamp += 1

@@ -182,6 +182,22 @@ def test_failure_leaves_nothing(policies, tmp_path, monkeypatch):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
+    script = (
+        "import resource, signal, sys; from common import InputError\n"
+        "from common.behaviours import rollout\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
+        "try:\n    rollout.make('navigation', 'random', 100_000, sys.argv[1])\n"
+        "except InputError as error:\n    print(error)\n    sys.exit(2)\n"
+    )
+    path = tmp_path / "data.hdf5"
+    command = [sys.executable, "-c", script, str(path)]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 2 and f"cannot write {path}" in process.stdout, process.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_an_interrupt_inside_a_callback_is_not_lost(tmp_path, monkeypatch, last):
     """h5py forgets its objects in weak references' callbacks, which no exception leaves."""

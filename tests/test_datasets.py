@@ -4,7 +4,9 @@ import http.server
 import re
 import sys
 import threading
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -444,6 +446,24 @@ def test_built_in_is_made_once(tmp_path, monkeypatch):
 # --- D4RL ---
 
 
+def test_one_agents_view_is_not_taken_for_everybodys(tmp_path):
+    obs_dim = make_vec("simple-spread", 1, 0).obs_dim
+    for width, fits in ((obs_dim, False), (3 * obs_dim, True)):
+        write(tmp_path / "data.hdf5", raw(obs_dim=width, act_dim=6))
+        if fits:
+            assert load("simple-spread", str(tmp_path / "data.hdf5")).obs.shape[1] == 3
+            continue
+        with pytest.raises(InputError, match=f"width {width}, expected {3 * width}"):
+            load("simple-spread", str(tmp_path / "data.hdf5"))
+
+
+def test_a_folder_is_no_minari_id(tmp_path, monkeypatch):
+    (tmp_path / "HalfCheetah-v2").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="obs_0.npy"):
+        load("halfcheetah-local", "HalfCheetah-v2")
+
+
 class Server:
     """Serves `content` under every name; the next answers are cut after `cuts` bytes each."""
 
@@ -518,6 +538,26 @@ def test_cut_download_continues(server, place, ranges):
     assert [p.name for p in place.parent.iterdir()] == [place.name]
 
 
+def test_two_downloads_at_once_are_one(server, place, monkeypatch, capsys):
+    """The second waits for the first, which is slow, and takes its file."""
+    begun, read = threading.Event(), datasets._fetch
+
+    def slowly(*args):
+        begun.set()
+        time.sleep(0.5)
+        read(*args)
+
+    monkeypatch.setattr(datasets, "_fetch", slowly)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(load, "hopper-medium-replay", "d4rl")
+        begun.wait()
+        second = pool.submit(load, "hopper-medium-replay", "d4rl")
+        assert len(first.result()) == len(second.result()) == 40_000
+    assert len(server.requests) == 1 and place.read_bytes() == server.content
+    assert "waiting for another process" in capsys.readouterr().err
+    assert [p.name for p in place.parent.iterdir()] == [place.name]
+
+
 def test_partial_as_long_as_the_file_restarts(server, place):
     place.parent.mkdir()
     place.with_name(place.name + ".partial").write_bytes(b"x" * len(server.content))
@@ -543,6 +583,7 @@ def test_download_without_network(server, place, monkeypatch):
     server.http.server_close()
     with pytest.raises(InputError, match="refused.*by hand"):
         load("hopper-medium-replay", "d4rl")
+    assert list(place.parent.iterdir()) == []
 
 
 # --- Minari ---

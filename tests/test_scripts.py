@@ -538,6 +538,12 @@ def test_bad_input_is_two_lines_status_2_and_nothing_written(
     assert sorted(f.name for f in tmp_path.iterdir()) == ["point.hdf5", "steps.hdf5"]
 
 
+def test_a_link_that_leads_nowhere_is_no_place_for_runs(tmp_path, data, fails):
+    (tmp_path / "runs").symlink_to(tmp_path / "missing")
+    argv = ["--env", ENV, "--dataset", data, *tiny("otc_bcq"), "--run-dir", tmp_path / "runs"]
+    fails("cannot write there", "otc_bcq", *argv)
+
+
 UNKNOWN = [(s, ["--sampling", "otcc"]) for s in SCRIPTS] + [
     (s, ["--no-such-flag"]) for s in SCRIPTS
 ]
@@ -583,6 +589,21 @@ def test_unreadable_and_unfit_checkpoints(tmp_path, monkeypatch, data, fails):
         fails("not a readable checkpoint", *start)
     torch.save({"weights": torch.zeros(3)}, folder / "checkpoint.pt")
     fails("not a readable checkpoint", "otc_bcq", "--resume", folder)
+
+
+def test_a_copied_or_renamed_run_is_itself(tmp_path, monkeypatch, data, fails):
+    """A copy of one seed's run goes on by itself; several seeds' folders need each other."""
+    common = ["--env", ENV, "--dataset", data, *tiny("otc_bcq"), "--sampling", "uniform"]
+    run(monkeypatch, "otc_bcq", *common, "--run-dir", tmp_path / "a")
+    before = {f: f.read_bytes() for f in only(tmp_path / "a").iterdir()}
+    shutil.copytree(only(tmp_path / "a"), tmp_path / "copy")
+    run(monkeypatch, "otc_bcq", "--resume", tmp_path / "copy")
+    assert before == {f: f.read_bytes() for f in only(tmp_path / "a").iterdir()}
+    assert len(list((tmp_path / "copy").glob("events*"))) == 2
+    run(monkeypatch, "otc_bcq", *common, "--num-seeds", 2, "--run-dir", tmp_path / "c")
+    first = sorted((tmp_path / "c").iterdir())[0]
+    first.rename(tmp_path / "c" / "mine")
+    fails("mine was copied or renamed", "otc_bcq", "--resume", tmp_path / "c" / "mine")
 
 
 @every_script

@@ -8,7 +8,6 @@ As in D4RL, `random` is the fresh policy and every policy acts stochastically. D
 is what training had seen until it was medium; here its snapshots share the rows equally.
 """
 
-import fcntl
 import os
 import pickle
 import signal
@@ -30,7 +29,7 @@ from tqdm import tqdm
 
 from common import InputError, nearest
 from common.behaviours import battles, teams, uniform, waypoints
-from common.datasets import BUILT_IN_SIZES, QUALITIES, data_name
+from common.datasets import BUILT_IN_SIZES, QUALITIES, data_name, made_once
 from common.envs import TASKS, num_cores
 from common.envs.mujoco import make_single
 
@@ -344,35 +343,30 @@ def make(
     if family == "mujoco" or (family in ("mpe", "smax") and quality != "random"):
         load_policies(task)
     path = Path(path)
-    partial = Path(f"{path}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = open(partial, "ab")
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that is making {path}", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.exists():
+        with made_once(path) as partial:
+            if partial is None:
                 return
-            if not partial.exists():  # the other failed and took the locked file away
-                return make(task, quality, size, path, num_workers)
-        try:
-            every = 0.3 if sys.stderr.isatty() else 10
-            name = f"making {data_name(task, quality)}"
-            with (
-                Bar(total=size, desc=name, unit_scale=True, mininterval=every) as bar,
-                h5py.File(partial, "w", locking=False) as file,
-            ):
-                _write(file, task, quality, size, num_workers or num_cores(), bar)
-            os.fsync(lock.fileno())
-            os.replace(partial, path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
+            try:
+                every = 0.3 if sys.stderr.isatty() else 10
+                name = f"making {data_name(task, quality)}"
+                with (
+                    Bar(total=size, desc=name, unit_scale=True, mininterval=every) as bar,
+                    h5py.File(partial, "w", locking=False) as file,
+                ):
+                    _write(file, task, quality, size, num_workers or num_cores(), bar)
+                with open(partial, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+            except BaseException:
+                partial.unlink(missing_ok=True)
+                raise
+    except (OSError, RuntimeError) as error:
+        # Closing a file that could not be written, h5py raises a RuntimeError over the OSError
+        cause = error if isinstance(error, OSError) or error.__cause__ else error.__context__
+        if not isinstance(cause, OSError):
             raise
+        raise InputError(f"cannot write {path}: {cause.strerror or cause}") from error
 
 
 if __name__ == "__main__":

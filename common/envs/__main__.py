@@ -83,6 +83,8 @@ def cannot_draw(task: str, error: Exception) -> InputError:
     """One line about what a task or OpenGL raised."""
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     hint = "MuJoCo needs MUJOCO_GL=egl or osmesa where there is no screen"
+    if ":" in task:
+        hint = "its factory must take render_mode and draw"
     return InputError(f"cannot draw {task} with render_mode='rgb_array' ({reason}); {hint}")
 
 
