@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from benchmarks import write_csv
-from common import runs
+from benchmarks import cli, write_csv
+from common import InputError, nearest, runs
 
 
 @dataclass
@@ -46,24 +46,51 @@ def sampling_of(args: dict) -> str:
     return " ".join([f"otc ({args['distance']})", *extras])
 
 
-def main(args: Args) -> None:
-    rows = []
-    for path in sorted(Path(args.folder).glob("*/returns.csv")):
-        run = runs.read_record(path.parent)
-        for row in csv.DictReader(path.open()):
-            rows.append({"strategy": name_of(run["args"]), "seed": run["seed"], **row})
-    if not rows:
-        raise SystemExit(f"no returns.csv in the folders of {args.folder}")
-    if args.csv:
-        write_csv(args.csv, rows)
+def read(folder: str, column: str) -> list[dict]:
+    """The rows of all returns.csv, with strategy and seed.
 
+    Raises:
+        InputError: there are none, `column` is not in one, two runs have the same strategy and
+            seed, or not all are of one script and env.
+    """
+    rows, seen = [], {}
+    for path in sorted(Path(folder).glob("*/returns.csv")):
+        run = runs.read_record(path.parent)
+        what = run["script"], run["args"]["env"]
+        first, its_what = next(iter(seen.values()), (path.parent, what))
+        if what != its_what:
+            raise InputError(
+                f"one table is of one script and env: {path.parent} is {' on '.join(what)}, "
+                f"{first} is {' on '.join(its_what)}"
+            )
+        key = name_of(run["args"]), run["seed"]
+        if key in seen:
+            other = seen[key][0]
+            raise InputError(f"{other} and {path.parent} are both {key[0]}, seed {key[1]}")
+        seen[key] = path.parent, what
+        reader = csv.DictReader(path.open())
+        if column not in reader.fieldnames:
+            hint = nearest(column, reader.fieldnames)
+            raise InputError(f"--column {column}: not in {path}; {hint}")
+        rows += [{"strategy": key[0], "seed": key[1], **row} for row in reader]
+    if not rows:
+        raise InputError(f"no returns.csv in the folders of {folder}")
+    return rows
+
+
+def main(args: Args) -> None:
+    rows = read(args.folder, args.column)
     curves = {}  # strategy -> (seeds, deployments + 1)
     for strategy in dict.fromkeys(row["strategy"] for row in rows):
         of_seed = {}
         for row in rows:
             if row["strategy"] == strategy:
                 of_seed.setdefault(row["seed"], []).append(float(row[args.column]))
+        if len({len(returns) for returns in of_seed.values()}) > 1:
+            raise InputError(f"{strategy}: some seeds have fewer deployments than others")
         curves[strategy] = np.array(list(of_seed.values()))
+    if args.csv:
+        write_csv(args.csv, rows)
     print("| strategy | " + " | ".join(f"pi^{k}" for k in range(len(curves[strategy][0]))), end="")
     print(" | improvement % |\n|" + "---|" * (len(curves[strategy][0]) + 2))
     largest = max(np.abs(returns).max() for returns in curves.values())
@@ -97,4 +124,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cli(main, Args)

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from benchmarks import write_csv
+from benchmarks import cli, write_csv
 from benchmarks.speed import LEARNERS
-from common import datasets, runs, sampler
+from common import InputError, datasets, runs, sampler
 from common.replay import Replay
 
 
@@ -103,6 +103,8 @@ def look(folder: str, args: Args) -> list[dict]:
 
 
 def main(args: Args) -> None:
+    if not args.folders:
+        raise InputError("no run folders given")
     rows = [row for folder in args.folders for row in look(folder, args)]
     numbers = [key for key, value in rows[0].items() if isinstance(value, float)]
     print("| data | draw | " + " | ".join(numbers) + " |\n|" + "---|" * (len(numbers) + 2))
@@ -115,4 +117,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli(main, Args)

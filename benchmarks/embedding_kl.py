@@ -10,10 +10,9 @@ those of a random transition: the table gives mean l1 distances over those of ra
 from dataclasses import dataclass
 
 import torch
-import tyro
 
 import otc_bcq
-from benchmarks import write_csv
+from benchmarks import cli, write_csv
 from common import datasets, sampler
 from common.replay import Replay
 
@@ -75,4 +74,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cli(main, Args)

@@ -9,9 +9,8 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
-import tyro
 
-from benchmarks import write_csv
+from benchmarks import cli, write_csv
 from common.envs import make_vec, num_cores
 
 
@@ -58,4 +57,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli(main, Args)

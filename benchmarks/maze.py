@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from benchmarks import write_csv
+from benchmarks import cli, write_csv
 from common import datasets
 from common.behaviours.rollout import make
 from common.behaviours.waypoints import NOISE, Controller
@@ -122,4 +122,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli(main, Args)

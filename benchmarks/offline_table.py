@@ -19,12 +19,13 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from benchmarks import write_csv
-from common import runs
+from benchmarks import cli, write_csv
+from common import InputError, runs
 from common.datasets import parse_env
 from common.envs import normalized_score
 
 COEFFICIENT_0 = " --omar-coefficient 0"
+CENTRALISED = " --critic centralised"
 
 
 @dataclass
@@ -38,23 +39,27 @@ class Args:
 def main(args: Args) -> None:
     results = Path(__file__).parents[1] / "docs" / "results"
     behaviour = {
-        row["dataset"]: float(row["mean"])
+        row["dataset"]: row
         for table in ("datasets.csv", "team_datasets.csv")
         for row in csv.DictReader((results / table).open())
         if row.get("source", "built-in") == "built-in"
     }
-    rows = []
+    rows, seen = [], {}
+    keys = ("script", "env", "split", "offline_updates")
     for folder in args.folders:
         for path in sorted(Path(folder).glob("*/returns.csv")):
             run = runs.read_record(path.parent)
             first = next(csv.DictReader(path.open()))
             env = run["args"]["env"]
-            is_ma_cql = run["args"].get("omar_coefficient") == 0
-            its_return = behaviour.get(env, np.nan)
-            score = normalized_score(parse_env(env)[0], its_return)
+            script = run["script"]
+            script += COEFFICIENT_0 * (run["args"].get("omar_coefficient") == 0)
+            script += CENTRALISED * (run["args"].get("critic") == "centralised")
+            data = behaviour.get(env, {"mean": np.nan})
+            its_return = float(data["mean"])
+            score = data.get("score", normalized_score(parse_env(env)[0], its_return))
             rows.append(
                 {
-                    "script": run["script"] + COEFFICIENT_0 * is_ma_cql,
+                    "script": script,
                     "env": env,
                     "split": run["args"]["split"] or "",
                     "seed": run["seed"],
@@ -67,11 +72,21 @@ def main(args: Args) -> None:
                     "behaviour_score": round(float(score), 2),
                 }
             )
+            key = tuple(rows[-1][name] for name in (*keys, "seed"))
+            if key in seen:
+                raise InputError(
+                    f"{seen[key]} and {path.parent} have the same script, env, split, updates "
+                    "and seed"
+                )
+            seen[key] = path.parent
+    if not rows:
+        raise InputError(
+            f"no returns.csv in the folders of {' '.join(args.folders) or 'no folder'}"
+        )
     print(
         "| script | data | split | updates | seeds | behaviour: return | score | return | score |"
     )
     print("|---" * 9 + "|")
-    keys = ("script", "env", "split", "offline_updates")
     for key in sorted({tuple(row[name] for name in keys) for row in rows}):
         of = [row for row in rows if tuple(row[name] for name in keys) == key]
         returns = np.array([row["mean_return"] for row in of])
@@ -88,4 +103,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cli(main, Args)

@@ -10,10 +10,9 @@ ends at the higher peak, by gradient ascent and by the sampler with one to many 
 from dataclasses import dataclass
 
 import torch
-import tyro
 
 import omar
-from benchmarks import write_csv
+from benchmarks import cli, write_csv
 
 
 @dataclass
@@ -88,4 +87,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli(main, Args)

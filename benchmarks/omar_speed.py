@@ -6,9 +6,8 @@ OMP_NUM_THREADS=1 python -m benchmarks.omar_speed --csv docs/results/omar_speed.
 from dataclasses import dataclass
 
 import numpy as np
-import tyro
 
-from benchmarks import write_csv
+from benchmarks import cli, write_csv
 from benchmarks.speed import fill, learner_of, machine, times_of, update_of
 from common import datasets, runs
 
@@ -63,4 +62,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli(main, Args)

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from benchmarks import write_csv
+from benchmarks import cli, write_csv
 from common.behaviours import teams
 from common.envs import TASKS, make_vec, mpe
 from common.envs.particle import REACH, SPEED, CooperativeNavigation, PredatorPrey, draw
@@ -216,4 +216,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli(main, Args)

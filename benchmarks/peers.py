@@ -16,9 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 
-from benchmarks import write_json
+from benchmarks import cli, write_json
 from benchmarks.speed import learner_of, machine, times_of, update_of
 from common import datasets, runs
 from common.replay import Replay
@@ -129,4 +128,4 @@ def offline_update(script: str, replay: Replay, device: torch.device) -> runs.Gr
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cli(main, Args)

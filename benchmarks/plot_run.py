@@ -14,7 +14,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from common import runs  # noqa: E402
+from benchmarks import cli  # noqa: E402
+from common import InputError, runs  # noqa: E402
 
 
 @dataclass
@@ -30,6 +31,14 @@ def main(args: Args) -> None:
     options = runs.read_args(run)
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
+    if "offline/episodic_return" not in events.Tags()["scalars"]:
+        every, updates = options["eval_every"], options["offline_updates"]
+        raise InputError(
+            f"{run} has no returns of its offline phase: --eval-every {every}, "
+            f"--offline-updates {updates}"
+        )
+    if not (run / "returns.csv").exists():
+        raise InputError(f"{run} has no returns.csv: it was stopped before its first deployment")
     rows = list(csv.DictReader((run / "returns.csv").open()))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     offline = events.Scalars("offline/episodic_return")
@@ -46,4 +55,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cli(main, Args)

@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
-import tyro
 
-from benchmarks import write_json
+from benchmarks import cli, write_json
 from benchmarks.speed import machine
 from common import datasets, runs
 
@@ -151,4 +150,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cli(main, Args)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks import write_csv
+from benchmarks import cli, write_csv
 from benchmarks.curves import name_of
-from common import runs
+from common import InputError, runs
 
 
 @dataclass
@@ -41,8 +41,13 @@ def main(args: Args) -> None:
                 rows += [
                     first | {"step": e.step, "value": f"{e.value:.6g}"} for e in events.Scalars(tag)
                 ]
+    if not rows:
+        tags = " or ".join(args.tags)
+        raise InputError(
+            f"nothing to copy: {len(args.runs)} run folders with tags that begin with {tags}"
+        )
     write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cli(main, Args)

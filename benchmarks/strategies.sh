@@ -17,10 +17,10 @@ distance=
 if [[ $strategies == *embedding* ]]; then distance="--distance embedding"; fi # trains the CVAE too
 flags=$(echo "$offline_flags $distance" | tr -cs 'a-zA-Z0-9.\n' _)
 start=runs/strategies_start/$script/$env/$flags
-if ! ls -d "$start/${env}__${script}__1__"* > /dev/null 2>&1; then
+if ! ls "$start"/*/offline.pt > /dev/null 2>&1; then # not of a start that was interrupted
     python "$script.py" $common --deployments 0 $distance --run-dir "$start"
 fi
-offline=$(ls -d "$start/${env}__${script}__1__"* | tail -n 1)
+offline=$(dirname "$(ls "$start"/*/offline.pt | tail -n 1)")
 IFS=, read -ra each <<< "$strategies"
 for strategy in "${each[@]}"; do
     python "$script.py" $common --offline-checkpoint "$offline" --deployments 10 $online_flags \

@@ -12,7 +12,7 @@ import torch
 import tyro
 
 import otc_bcq
-from benchmarks import write_csv
+from benchmarks import cli, write_csv
 from common import datasets, runs, sampler
 from common.replay import Replay
 
@@ -34,8 +34,8 @@ def ranks(x: torch.Tensor) -> torch.Tensor:
 
 
 def main(args: Args) -> None:
-    options = otc_bcq.Args(**runs.read_args(args.run))
     checkpoint = runs.read_checkpoint(args.run, "offline.pt", "otc_bcq")
+    options = otc_bcq.Args(**runs.read_args(args.run))
     dataset = datasets.load(options.env, options.dataset, options.dataset_size, options.split)
     replay = Replay(dataset, options.num_seeds, 0, 1)
     obs_dim, action_dim = replay.obs.shape[2], replay.actions.shape[2]
@@ -66,4 +66,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cli(main, Args)

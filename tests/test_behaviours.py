@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from common import InputError
-from common.behaviours import report, rollout, select, uniform
+from common.behaviours import report, rollout, select, train, train_battles, uniform
 from common.envs.mujoco import make_single
 
 ROOT = Path(__file__).parents[1]
@@ -306,6 +306,52 @@ def test_select(tmp_path, monkeypatch):
     calls.clear()
     select.main(args)  # again: everything is in returns.csv
     assert calls == []
+
+
+def test_select_refuses(tmp_path):
+    for task, words in (("ant", "ant: D4RL has no medium"), ("hopper", "no snapshots")):
+        with pytest.raises(InputError, match=words):
+            select.main(select.Args(task, tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="--task hoper: did you mean hopper"):
+        train.main(train.Args("hoper"))
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(train_battles, "make_vec", lambda *args: None)
+    for name, main, args in (
+        ("0002500.npz", train.main, train.Args("hopper")),
+        ("00010.npz", train_battles.main, train_battles.Args(Path("snapshots/hopper"))),
+    ):
+        folder = train.new_folder(Path("snapshots/hopper"))
+        (folder / name).touch()
+        with pytest.raises(InputError, match="snapshots/hopper holds the snapshots of another"):
+            main(args)
+        assert [path.name for path in folder.iterdir()] == [name]
+        (folder / name).unlink()
+    Path("file").touch()
+    with pytest.raises(InputError, match="cannot write there"):
+        train.new_folder(Path("file"))
+
+
+@pytest.mark.parametrize(
+    "tool, argv",
+    [
+        ("train", "--task foo"),
+        ("train_teams", "--task nope --out new"),
+        ("train_teams", "--task simple-spread --prey --out new"),
+        ("select", "--task ant --snapshots nope"),
+        ("select_teams", "--task simple-spread --snapshots nope"),
+    ],
+)
+def test_tools_refuse_in_one_line(tool, argv, tmp_path):
+    command = [sys.executable, "-m", f"common.behaviours.{tool}", *argv.split()]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
+    assert done.returncode == 2 and not list(tmp_path.iterdir())
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("task", ["halfcheetah", "hopper", "walker2d"])

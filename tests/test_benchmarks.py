@@ -2,12 +2,31 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import curves, offline_table, speed
+from benchmarks import (
+    cli,
+    curves,
+    drawn_transitions,
+    offline_table,
+    plot_run,
+    scalars,
+    speed,
+    value_actions,
+)
 from tests.helpers import random_team
+
+ROOT = Path(__file__).parents[1]
+STRATEGY = {"sampling": "otc", "distance": "value", "adaptive_alpha": True, "alpha": 1.0}
+STRATEGY |= {"exploration": "none", "alpha_max": None, "replacement": True}
+STRATEGY |= {"exclude_self_matches": False}
 
 
 def test_speed_times_every_strategy_and_shares_out_the_time(monkeypatch, tmp_path, capsys):
@@ -43,6 +62,24 @@ def fake_run(folder, script, seed, returns, **args):
         )
         for k, x in enumerate(returns):
             rows.writerow([k, 100 * k, 5, x, 1.0, x / 100, 1.0 + k, 2.0])
+    return run
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys, tmp_path):
+    """What a tool says on refusing its command line, having written no file."""
+
+    def of(tool, *argv):
+        before = sorted(tmp_path.rglob("*"))
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, argv)])
+        with pytest.raises(SystemExit) as error:
+            cli(tool.main, tool.Args)
+        assert error.value.code == 2 and sorted(tmp_path.rglob("*")) == before
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ") and said.err.count("\n") <= 2 and not said.out
+        return said.err
+
+    return of
 
 
 def test_the_offline_table_takes_the_first_policy_and_tells_ma_cql_from_omar(tmp_path, capsys):
@@ -62,9 +99,7 @@ def test_curves_average_the_seeds_of_a_strategy(tmp_path, capsys):
     for sampling, shift in (("otc", 0.0), ("uniform", 10.0)):
         for seed, value in ((1, 100.0), (2, 300.0)):
             its_returns = [value, value + shift, value + 2 * shift]
-            options = {"sampling": sampling, "distance": "value", "adaptive_alpha": True}
-            options |= {"alpha": 1.0, "exploration": "none", "alpha_max": None}
-            options |= {"replacement": True, "exclude_self_matches": False}
+            options = STRATEGY | {"sampling": sampling}
             fake_run(tmp_path, "otc_td3bc", seed, its_returns, **options)
     curves.main(curves.Args(str(tmp_path), csv=str(tmp_path / "c.csv")))
     with open(tmp_path / "c.csv") as file:
@@ -74,3 +109,80 @@ def test_curves_average_the_seeds_of_a_strategy(tmp_path, capsys):
     assert np.mean(last) == 210 and sorted(last) == [100, 120, 300, 320]
     printed = capsys.readouterr().out
     assert "220" in next(line for line in printed.splitlines() if "uniform" in line)
+
+
+def test_curves_refuse_runs_that_are_not_one_table(tmp_path, refusal):
+    argv = tmp_path, "--csv", tmp_path / "c.csv"
+    assert "no returns.csv" in refusal(curves, *argv)
+    first = fake_run(tmp_path, "otc_td3bc", 1, [1.0, 2.0], **STRATEGY)
+    assert "did you mean mean_return" in refusal(curves, *argv, "--column", "mean_retrun")
+    for script, options in (("otc_td3bc", {}), ("otc_bcq", {}), ("otc_td3bc", {"env": "hopper"})):
+        run = fake_run(tmp_path, script, 1, [3.0, 4.0], **STRATEGY | options)
+        said = refusal(curves, *argv)
+        assert str(first) in said and str(run) in said
+        (run / "returns.csv").unlink()
+    fake_run(tmp_path, "otc_td3bc", 2, [3.0], **STRATEGY)
+    assert "fewer deployments" in refusal(curves, *argv)
+
+
+def test_the_offline_table_pools_one_learner_and_every_seed_once(tmp_path, refusal, capsys):
+    argv = tmp_path, "--csv", tmp_path / "table.csv"
+    assert "no returns.csv" in refusal(offline_table, *argv)
+    first = fake_run(tmp_path, "omar", 1, [1.0], critic="independent")
+    fake_run(tmp_path, "omar", 1, [2.0], critic="centralised")
+    offline_table.main(offline_table.Args((str(tmp_path),)))
+    printed = capsys.readouterr().out
+    assert "| omar |" in printed and "| omar --critic centralised |" in printed
+    second = fake_run(tmp_path, "omar", 1, [3.0], critic="independent")
+    said = refusal(offline_table, *argv)
+    assert str(first) in said and str(second) in said
+
+
+def test_the_behaviours_score_is_that_of_its_own_table(tmp_path, capsys):
+    with open(ROOT / "docs/results/team_datasets.csv") as file:
+        scores = {row["dataset"]: row["score"] for row in csv.DictReader(file)}
+    for env in scores:
+        fake_run(tmp_path, "omar", 1, [1.0], env=env)
+    offline_table.main(offline_table.Args((str(tmp_path),)))
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert {line[1]: line[6] for line in lines} == scores
+
+
+def test_tools_refuse_what_they_cannot_read(tmp_path, refusal):
+    out = tmp_path / "file"
+    assert "nope is not a run folder" in refusal(plot_run, "nope", "--figure", out)
+    run = fake_run(tmp_path, "otc_td3bc", 1, [1.0], eval_every=200, policy_delay=2)
+    assert "--eval-every 200" in refusal(plot_run, run, "--figure", out)
+    torch.save({"agent": {}, "progress": (0, 100), "script": "otc_td3bc"}, run / "offline.pt")
+    assert "of otc_td3bc, not otc_bcq" in refusal(value_actions, run, "--csv", out)
+    assert "no run folders" in refusal(drawn_transitions, "--csv", out)
+    assert "nothing to copy" in refusal(scalars, "--csv", out)
+
+
+def test_strategies_take_the_start_of_any_seed_that_was_finished(tmp_path):
+    """A stand-in for Python makes the run folders and notes its arguments."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(
+        "#!/usr/bin/env bash\n"
+        'echo "$*" >> calls\n'
+        'run="${@: -1}/env__script__5__$(wc -l < calls)"\n'
+        'mkdir -p "$run"\n'
+        "if [[ ${STOPPED:-} ]]; then exit 130; fi\n"
+        'touch "$run/offline.pt"\n'
+    )
+    python.chmod(0o755)
+    environ = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
+    command = [ROOT / "benchmarks" / "strategies.sh", "otc_awac", "hopper-medium"]
+    command += ["otc, uniform", "--seed 5 --num-seeds 1", ""]
+
+    def calls(**more):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        subprocess.run(command, cwd=tmp_path, env=environ | more, capture_output=True)
+        return (tmp_path / "calls").read_text().splitlines()
+
+    assert len(calls(STOPPED="1")) == 1
+    start, *strategies = calls()
+    assert "--deployments 0" in start and len(strategies) == 2
+    assert all("--offline-checkpoint runs/strategies_start/" in each for each in strategies)
+    assert [each for each in calls() if "--deployments 0" in each] == []

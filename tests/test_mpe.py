@@ -457,8 +457,20 @@ def test_train_and_select(task, prey, tmp_path):
     train_teams.main(args)
     assert sorted(p.name for p in tmp_path.glob("*.npz")) == [f"{i:07d}.npz" for i in (0, 2, 4, 6)]
     assert len((tmp_path / "returns.csv").read_text().splitlines()) >= 2
+    with pytest.raises(InputError, match="holds the snapshots of another training"):
+        train_teams.main(args)
     out = tmp_path / "out" / "chosen.npz"
     out.parent.mkdir()
+    refused = [("simple-world", 4, "not of a training with --task simple-world --prey$")]
+    refused += [
+        ("simple-tag", None, "not of a training with --task simple-tag; of one with --prey")
+    ]
+    refused += [("simple-tag", 70, "--prey 70: no such snapshot.* the nearest is 6")]
+    refused += [("simple-spread", 4, "simple-spread has no prey")]
+    for its_task, its_prey, words in refused:
+        with pytest.raises(InputError, match=words):
+            select_teams.main(select_teams.Args(its_task, tmp_path, its_prey, out=out))
+    assert not out.exists() and not (tmp_path / "evaluation.csv").exists()
     chosen = select_teams.Args(task, tmp_path, 4 if prey else None, episodes=5, out=out)
     select_teams.main(chosen)
     with np.load(out) as chosen:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
+from common import InputError, nearest
 from common.behaviours.rollout import POLICY_DIR, WEIGHTS, Policy, steps
+from common.behaviours.train import cli
 
 MEDIUM = {"halfcheetah": (4770, 356), "hopper": (1422, 379), "walker2d": (2852, 1095)}
 """Mean and standard deviation of the returns in D4RL v2's medium data."""
@@ -112,8 +113,13 @@ def choose_medium(evaluations: Evaluations, target: float, close: int, episodes:
 
 
 def main(args: Args) -> None:
+    if args.task not in MEDIUM:
+        hint = nearest(args.task, MEDIUM)
+        raise InputError(f"--task {args.task}: D4RL has no medium data of it; {hint}")
     target, target_std = MEDIUM[args.task]
     available = sorted(int(p.stem) for p in args.snapshots.glob("[0-9]*.npz"))
+    if not available:
+        raise InputError(f"--snapshots {args.snapshots}: no snapshots (STEPS.npz) there")
     evaluations = Evaluations(args.task, args.snapshots)
     medium = args.medium
     if medium is None:
@@ -121,12 +127,14 @@ def main(args: Args) -> None:
             evaluations.run(step, args.episodes)
         medium = choose_medium(evaluations, target, args.close, args.close_episodes)
     elif medium not in available:
-        sys.exit(f"--medium {medium}: no such snapshot in {args.snapshots}")
+        raise InputError(f"--medium {medium}: no such snapshot in {args.snapshots}")
     evaluations.run(medium, args.close_episodes)
     grid = np.linspace(0, medium, args.replay)
     replay = sorted({min(available, key=lambda step: abs(step - g)) for g in grid})
     if len(replay) < 20:
-        sys.exit(f"medium is at {medium} steps: only {len(replay)} snapshots until there, need 20")
+        raise InputError(
+            f"medium is at {medium} steps: only {len(replay)} snapshots until there, need 20"
+        )
     for step in replay:
         evaluations.run(step, args.episodes)
 
@@ -146,4 +154,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cli(main, Args)

@@ -14,10 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import tyro
 
+from common import InputError
 from common.behaviours import uniform
-from common.behaviours.teams import WEIGHTS, actor, policy_file
+from common.behaviours.teams import WEIGHTS, Policy, actor, policy_file
+from common.behaviours.train import cli
+from common.behaviours.train_teams import make_team
 from common.envs import mpe
 
 
@@ -45,25 +47,45 @@ def returns(task: str, act: uniform.Act | None, episodes: int) -> np.ndarray:
     return rows["rewards"].astype(np.float64).reshape(episodes, -1).sum(axis=1)
 
 
-def rounded(path: Path) -> dict[str, np.ndarray]:
-    """A snapshot as it ships: float16."""
+def read(path: Path, task: str, prey: bool) -> Policy:
+    """A snapshot of a training of the task, with `prey` its prey as the last agent.
+
+    Raises:
+        InputError: it is of something else.
+    """
+    vec = make_team(task, prey, 1, 0)
+    vec.close()
     with np.load(path) as arrays:
-        return {name: arrays[name].astype(np.float16) for name in WEIGHTS}
+        found = {name: arrays[name] for name in WEIGHTS if name in arrays}
+    if len(found) < len(WEIGHTS) or found["w0"].shape[:2] != (vec.num_agents, vec.obs_dim):
+        flags = f"--task {task} --prey" if prey else f"--task {task}"
+        hint = "" if prey else "; of one with --prey, select the prey by --prey UPDATES"
+        raise InputError(f"{path} is not of a training with {flags}{hint}")
+    return found
 
 
 def main(args: Args) -> None:
-    paths = sorted(args.snapshots.glob("[0-9]*.npz"))
+    paths = {int(path.stem): path for path in sorted(args.snapshots.glob("[0-9]*[0-9].npz"))}
+    if not paths:
+        raise InputError(f"--snapshots {args.snapshots}: no snapshots (UPDATES.npz) there")
     if args.prey is not None:
+        if args.prey not in paths:
+            close = min(paths, key=lambda step: abs(step - args.prey))
+            raise InputError(
+                f"--prey {args.prey}: no such snapshot in {args.snapshots}; the nearest is {close}"
+            )
+        team = read(paths[args.prey], args.task, prey=True)
+        prey = {name: values[-1] for name, values in team.items()}
+        prey["w0"] = prey["w0"][: mpe.CLASSES[args.task].own_obs_dim[-1]]
         out = args.out or mpe.prey_file(args.task)
-        obs_dim = mpe.CLASSES[args.task].own_obs_dim[-1]
-        with np.load(args.snapshots / f"{args.prey:07d}.npz") as arrays:
-            prey = {name: arrays[name][-1] for name in WEIGHTS}
-        prey["w0"] = prey["w0"][:obs_dim]
         np.savez_compressed(out, **prey)
         return print(f"wrote {out} ({out.stat().st_size / 1e3:.0f} kB)")
 
-    policies = [rounded(path) for path in paths]
-    steps = np.array([int(path.stem) for path in paths])
+    snapshots = [read(path, args.task, prey=False) for path in paths.values()]
+    policies = [  # as they ship
+        {name: values.astype(np.float16) for name, values in each.items()} for each in snapshots
+    ]
+    steps = np.array(list(paths))
     random = returns(args.task, None, args.episodes).mean()
     means = []
     lines = [f"updates,episodes,mean,std\nuniform,{args.episodes},{random:.3f},"]
@@ -93,4 +115,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli(main, Args)

@@ -10,6 +10,8 @@ common.behaviours.select` then chooses the snapshots that ship. The arrays: `w0 
 layers, `w_mean b_mean` and `w_log_std b_log_std` heads, weights as `(in, out)`.
 """
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +19,8 @@ import numpy as np
 import torch
 import tyro
 
-from common.envs.mujoco import make_single
+from common import InputError, nearest
+from common.envs import TASKS
 
 
 @dataclass
@@ -32,8 +35,33 @@ class Args:
     """environment steps between two snapshots of the actor"""
     batch_size: int = 128
     """transitions per SAC update"""
-    out: str = "snapshots/halfcheetah"
-    """folder for the snapshots"""
+    out: Path | None = None
+    """folder for the snapshots, by default snapshots/{task}"""
+
+
+def cli(main: Callable, args_type: type) -> None:
+    """Parse a tool's command line and call `main(args)`; InputError becomes its message and exit
+    status 2."""
+    try:
+        main(tyro.cli(args_type, description=sys.modules[main.__module__].__doc__))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def new_folder(out: Path) -> Path:
+    """Make the folder of a training, which must hold no snapshots yet.
+
+    Raises:
+        InputError: it holds another training's, or cannot be made.
+    """
+    if any(out.glob("[0-9]*.npz")):
+        raise InputError(f"--out {out} holds the snapshots of another training: take a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: cannot write there ({error.strerror})") from None
+    return out
 
 
 def actor_arrays(actor: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -52,13 +80,18 @@ def actor_arrays(actor: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def main(args: Args) -> None:
+    tasks = [task for task, row in TASKS.items() if row.family == "mujoco" and not row.local]
+    if args.task not in tasks:
+        raise InputError(f"unknown --task {args.task}: {nearest(args.task, tasks)}")
+    out = new_folder(args.out or Path("snapshots", args.task))
+
     from stable_baselines3 import SAC
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.monitor import Monitor
 
+    from common.envs.mujoco import make_single
+
     torch.set_num_threads(1)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
 
     class Snapshots(BaseCallback):
         def _on_training_start(self) -> None:
@@ -83,4 +116,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cli(main, Args)

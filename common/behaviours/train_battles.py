@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import tyro
 
+from common.behaviours.train import cli, new_folder
 from common.envs import TASKS, make_vec
 
 
@@ -99,13 +99,13 @@ def main(args: Args) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     vec = make_vec(args.task, args.num_envs, args.seed)
+    new_folder(args.out)
     E, T, A = args.num_envs, args.num_steps, vec.action_dim
     actor = mlp(vec.obs_dim, args.hidden_size, A, 0.01)
     critic = mlp(vec.obs_dim, args.hidden_size, 1, 1.0)
     parameters = [*actor.parameters(), *critic.parameters()]
     optimizer = torch.optim.Adam(parameters, args.learning_rate, eps=1e-5)
     win_return = TASKS[args.task].win_return
-    args.out.mkdir(parents=True, exist_ok=True)
 
     obs, start = torch.from_numpy(vec.reset()), time.time()
     totals, episodes, snapshots = np.zeros(E), [], []
@@ -174,4 +174,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli(main, Args)

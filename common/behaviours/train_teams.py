@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-import tyro
 
-from common.envs import make_vec, mpe
+from common import InputError, nearest
+from common.behaviours.train import cli, new_folder
+from common.envs import VecEnv, make_vec, mpe
 
 
 @dataclass
@@ -189,18 +190,26 @@ class Buffer:
         }
 
 
+def make_team(task: str, prey: bool, num_envs: int, seed: int) -> VecEnv:
+    """The task as it is trained on, with `prey` its prey as the last agent; raises InputError for
+    an unknown task and for one without a prey."""
+    if not prey:
+        return make_vec(task, num_envs, seed)
+    chases = [name for name, its_class in mpe.CLASSES.items() if issubclass(its_class, mpe.Chase)]
+    if task not in chases:
+        raise InputError(f"--prey: {task} has no prey; {nearest(task, chases)}")
+    return mpe.CLASSES[task](num_envs, seed, free_prey=True)
+
+
 def main(args: Args) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    if args.prey:
-        vec = mpe.CLASSES[args.task](args.num_envs, args.seed, free_prey=True)
-    else:
-        vec = make_vec(args.task, args.num_envs, args.seed)
+    vec = make_team(args.task, args.prey, args.num_envs, args.seed)
+    new_folder(args.out)
     num_envs, num_agents = args.num_envs, vec.num_agents
     agent = TD3(num_agents, vec.obs_dim, vec.action_dim, args)
     buffer = Buffer(args.buffer_size, num_agents, vec.obs_dim, vec.action_dim)
-    args.out.mkdir(parents=True, exist_ok=True)
     np.savez(args.out / "0000000.npz", **agent.arrays())
 
     obs, steps, start = vec.reset(), 0, time.time()
@@ -243,4 +252,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    cli(main, Args)
