@@ -4,8 +4,6 @@ import csv
 import json
 from pathlib import Path
 
-from common.behaviours.train import cli as cli
-
 
 def write_csv(path: str, rows: list[dict]) -> None:
     """Raw numbers: a header of all rows' keys, then a line per row."""

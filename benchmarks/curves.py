@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from benchmarks import cli, write_csv
+from benchmarks import write_csv
 from common import InputError, nearest, runs
 
 
@@ -124,4 +124,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from benchmarks import cli, write_csv
+from benchmarks import write_csv
 from benchmarks.speed import LEARNERS
 from common import InputError, datasets, runs, sampler
 from common.replay import Replay
@@ -46,6 +46,8 @@ def look(folder: str, args: Args) -> list[dict]:
     record = runs.read_record(folder)
     script = importlib.import_module(record["script"])
     options = script.Args(**record["args"])
+    if not options.deployments:
+        raise InputError(f"{folder} has no deployment to match with")
     where = options.env, options.dataset, options.dataset_size, options.split
     dataset = datasets.load(*where, discrete=record["script"] == "otc_cql_discrete")
     steps = runs.deployment_steps(options, len(dataset.rewards))
@@ -117,4 +119,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

@@ -10,10 +10,11 @@ those of a random transition: the table gives mean l1 distances over those of ra
 from dataclasses import dataclass
 
 import torch
+import tyro
 
 import otc_bcq
-from benchmarks import cli, write_csv
-from common import datasets, sampler
+from benchmarks import write_csv
+from common import datasets, runs, sampler
 from common.replay import Replay
 
 
@@ -74,4 +75,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

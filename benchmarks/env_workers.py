@@ -9,8 +9,10 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import tyro
 
-from benchmarks import cli, write_csv
+from benchmarks import write_csv
+from common import runs
 from common.envs import make_vec, num_cores
 
 
@@ -57,4 +59,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

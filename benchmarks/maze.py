@@ -20,8 +20,8 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from benchmarks import cli, write_csv
-from common import datasets
+from benchmarks import write_csv
+from common import datasets, runs
 from common.behaviours.rollout import make
 from common.behaviours.waypoints import NOISE, Controller
 from common.envs import TASKS, normalized_score, num_cores, parallel_env
@@ -122,4 +122,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from benchmarks import cli, write_csv
+from benchmarks import write_csv
 from common import InputError, runs
 from common.datasets import parse_env
 from common.envs import normalized_score
@@ -103,4 +103,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

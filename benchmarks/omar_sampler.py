@@ -10,9 +10,11 @@ ends at the higher peak, by gradient ascent and by the sampler with one to many 
 from dataclasses import dataclass
 
 import torch
+import tyro
 
 import omar
-from benchmarks import cli, write_csv
+from benchmarks import write_csv
+from common import runs
 
 
 @dataclass
@@ -87,4 +89,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

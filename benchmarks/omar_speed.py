@@ -6,8 +6,9 @@ OMP_NUM_THREADS=1 python -m benchmarks.omar_speed --csv docs/results/omar_speed.
 from dataclasses import dataclass
 
 import numpy as np
+import tyro
 
-from benchmarks import cli, write_csv
+from benchmarks import write_csv
 from benchmarks.speed import fill, learner_of, machine, times_of, update_of
 from common import datasets, runs
 
@@ -62,4 +63,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

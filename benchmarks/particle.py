@@ -19,7 +19,8 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from benchmarks import cli, write_csv
+from benchmarks import write_csv
+from common import runs
 from common.behaviours import teams
 from common.envs import TASKS, make_vec, mpe
 from common.envs.particle import REACH, SPEED, CooperativeNavigation, PredatorPrey, draw
@@ -216,4 +217,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import tyro
 
-from benchmarks import cli, write_json
+from benchmarks import write_json
 from benchmarks.speed import learner_of, machine, times_of, update_of
 from common import datasets, runs
 from common.replay import Replay
@@ -128,4 +129,4 @@ def offline_update(script: str, replay: Replay, device: torch.device) -> runs.Gr
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

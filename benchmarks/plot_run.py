@@ -14,7 +14,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from benchmarks import cli  # noqa: E402
 from common import InputError, runs  # noqa: E402
 
 
@@ -55,4 +54,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

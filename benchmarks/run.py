@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from unittest import mock
 
 import torch
+import tyro
 
-from benchmarks import cli, write_json
+from benchmarks import write_json
 from benchmarks.speed import machine
 from common import datasets, runs
 
@@ -150,4 +151,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

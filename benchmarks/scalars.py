@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmarks import cli, write_csv
+from benchmarks import write_csv
 from benchmarks.curves import name_of
 from common import InputError, runs
 
@@ -50,4 +50,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

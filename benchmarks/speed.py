@@ -23,8 +23,9 @@ from unittest import mock
 
 import numpy as np
 import torch
+import tyro
 
-from benchmarks import cli, write_json
+from benchmarks import write_json
 from common import datasets, runs, sampler
 from common.datasets import TeamDataset
 from common.replay import Replay
@@ -303,4 +304,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

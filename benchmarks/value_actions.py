@@ -12,7 +12,7 @@ import torch
 import tyro
 
 import otc_bcq
-from benchmarks import cli, write_csv
+from benchmarks import write_csv
 from common import datasets, runs, sampler
 from common.replay import Replay
 
@@ -66,4 +66,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

@@ -29,11 +29,12 @@ LOG_EVERY = 500  # updates between two rows of losses
 # --- Command line ---
 
 
-def cli(main: Callable, args_type: type) -> None:
+def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None:
     """Parse the command line into `args_type` and call `main(args)`; InputError becomes its message
-    and exit status 2, Ctrl-C status 130."""
+    and exit status 2, Ctrl-C status 130. `parser`: `tyro.cli` for other commands than the
+    scripts."""
     try:
-        main(parse(args_type, description=sys.modules[main.__module__].__doc__))
+        main((parser or parse)(args_type, description=sys.modules[main.__module__].__doc__))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -16,7 +16,6 @@ from common.behaviours import uniform
 from common.behaviours.teams import Policy, load_policies, snapshot
 from common.envs import choose, make_vec
 
-QUALITIES = ("random", "medium")
 EPISODES = 128
 """rolled out side by side; a file depends on it"""
 

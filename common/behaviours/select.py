@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tyro
 
-from common import InputError, nearest
+from common import InputError, nearest, runs
 from common.behaviours.rollout import POLICY_DIR, WEIGHTS, Policy, steps
-from common.behaviours.train import cli
 
 MEDIUM = {"halfcheetah": (4770, 356), "hopper": (1422, 379), "walker2d": (2852, 1095)}
 """Mean and standard deviation of the returns in D4RL v2's medium data."""
@@ -154,4 +154,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tyro
 
-from common import InputError
+from common import InputError, runs
 from common.behaviours import uniform
 from common.behaviours.teams import WEIGHTS, Policy, actor, policy_file
-from common.behaviours.train import cli
 from common.behaviours.train_teams import make_team
 from common.envs import mpe
 
@@ -115,4 +115,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

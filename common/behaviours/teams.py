@@ -16,7 +16,6 @@ from tqdm import tqdm
 from common.behaviours import uniform
 from common.envs import make_vec
 
-QUALITIES = ("random", "medium-replay", "medium", "expert")
 BATCH_ROWS = 25_000
 """at most so many rows are rolled out side by side; a file depends on it"""
 WEIGHTS = ("w0", "b0", "w1", "b1", "w2", "b2")

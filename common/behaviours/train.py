@@ -10,8 +10,6 @@ common.behaviours.select` then chooses the snapshots that ship. The arrays: `w0 
 layers, `w_mean b_mean` and `w_log_std b_log_std` heads, weights as `(in, out)`.
 """
 
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 import tyro
 
-from common import InputError, nearest
+from common import InputError, nearest, runs
 from common.envs import TASKS
 
 
@@ -37,16 +35,6 @@ class Args:
     """transitions per SAC update"""
     out: Path | None = None
     """folder for the snapshots, by default snapshots/{task}"""
-
-
-def cli(main: Callable, args_type: type) -> None:
-    """Parse a tool's command line and call `main(args)`; InputError becomes its message and exit
-    status 2."""
-    try:
-        main(tyro.cli(args_type, description=sys.modules[main.__module__].__doc__))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def new_folder(out: Path) -> Path:
@@ -116,4 +104,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

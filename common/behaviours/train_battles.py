@@ -20,8 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+import tyro
 
-from common.behaviours.train import cli, new_folder
+from common import InputError, runs
+from common.behaviours.train import new_folder
 from common.envs import TASKS, make_vec
 
 
@@ -98,6 +100,8 @@ def arrays(actor: nn.Sequential) -> dict[str, np.ndarray]:
 def main(args: Args) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
+    if args.task not in TASKS or TASKS[args.task].win_return is None:
+        raise InputError(f"--task {args.task}: expected a task that can be won, such as 5m_vs_6m")
     vec = make_vec(args.task, args.num_envs, args.seed)
     new_folder(args.out)
     E, T, A = args.num_envs, args.num_steps, vec.action_dim
@@ -174,4 +178,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)

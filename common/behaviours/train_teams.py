@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
+import tyro
 
-from common import InputError, nearest
-from common.behaviours.train import cli, new_folder
+from common import InputError, nearest, runs
+from common.behaviours.train import new_folder
 from common.envs import VecEnv, make_vec, mpe
 
 
@@ -252,4 +253,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    cli(main, Args)
+    runs.cli(main, Args, tyro.cli)
