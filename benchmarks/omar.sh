@@ -11,12 +11,12 @@ env=$1
 shift
 export OMP_NUM_THREADS=1
 common="--env $env --num-seeds 5 --deployments 0 --sampling uniform --eval-episodes 100 --run-dir runs/omar"
-sampler=""
-case $env in
-halfcheetah-local-*) sampler="--refit elite --sampler-rounds 2 --sampler-samples 20" ;; # as released
+penalty="" sampler=""
+case $env in # as released
+halfcheetah-local-*) penalty="--penalise-policy" sampler="--refit elite --sampler-rounds 2 --sampler-samples 20" ;;
 esac
 python icq.py $common "$@"
 python otc_td3bc.py $common --hidden-size 64 --batch-size 1024 --gamma 0.95 --tau 0.01 \
     --actor-learning-rate 3e-3 --critic-learning-rate 3e-3 "$@"
-python omar.py $common --omar-coefficient 0 "$@"
-python omar.py $common $sampler "$@"
+python omar.py $common --omar-coefficient 0 $penalty "$@"
+python omar.py $common $penalty $sampler "$@"
