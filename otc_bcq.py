@@ -737,7 +737,7 @@ def main(args: Args) -> None:
         """The updates of a phase that are still to do, logged, checkpointed and open to
         interruption."""
         nonlocal done
-        before = args.offline_updates + (phase - 1) * args.finetune_updates if phase else 0
+        before = runs.updates_before(args, phase)
         name = f"fine-tuning {phase}" if phase else "offline"
         for number in run.updates(name, done, stop, before):
             losses, done = update(number), number

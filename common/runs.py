@@ -334,6 +334,11 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
 # --- Run ---
 
 
+def updates_before(args, phase: int) -> int:
+    """Updates made before the first of a phase: deployment k's, or 0, the offline phase."""
+    return args.offline_updates + (phase - 1) * args.finetune_updates if phase else 0
+
+
 def spread(returns: list[list[float]]) -> str:
     """The standard deviation over seeds of their mean returns, or over a single seed's episodes."""
     if len(returns) > 1:
@@ -366,8 +371,7 @@ class Run:
         purge_step = None
         if checkpoint is not None:  # what was logged after it is made again
             phase, done = checkpoint["progress"]
-            earlier = args.offline_updates + (phase - 1) * args.finetune_updates if phase else 0
-            purge_step = earlier + done + 1
+            purge_step = updates_before(args, phase) + done + 1
         self.writers = [SummaryWriter(str(f), purge_step=purge_step) for f in self.folders]
         if checkpoint is None:
             table = "\n".join(f"|{k}|{v}|" for k, v in dataclasses.asdict(args).items())

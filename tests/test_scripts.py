@@ -75,21 +75,21 @@ def only(folder, pattern="*"):
     return found
 
 
+def logged(folder):
+    """{tag: events} of a run's TensorBoard."""
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
+
+
 def logged_steps(folder):
     """{tag: steps} of a run's TensorBoard, as often as they are there."""
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {tag: [event.step for event in events] for tag, events in logged(folder).items()}
 
 
 def scalars(folder):
     """{tag: {step: value}} of a run's TensorBoard."""
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {
-        tag: {event.step: event.value for event in events.Scalars(tag)}
-        for tag in events.Tags()["scalars"]
-    }
+    return {tag: {e.step: e.value for e in events} for tag, events in logged(folder).items()}
 
 
 EMBEDDING = ["--sampling", "otc", "--distance", "embedding"]

@@ -20,7 +20,7 @@ from common import InputError, runs
 from common.behaviours import uniform
 from common.behaviours.teams import WEIGHTS, Policy, actor, policy_file
 from common.behaviours.train_teams import make_team
-from common.envs import mpe
+from common.envs import VecEnv, mpe
 
 
 @dataclass
@@ -47,19 +47,18 @@ def returns(task: str, act: uniform.Act | None, episodes: int) -> np.ndarray:
     return rows["rewards"].astype(np.float64).reshape(episodes, -1).sum(axis=1)
 
 
-def read(path: Path, task: str, prey: bool) -> Policy:
-    """A snapshot of a training of the task, with `prey` its prey as the last agent.
+def read(path: Path, args: Args, vec: VecEnv) -> Policy:
+    """A snapshot of the team `vec`, of which the prey is the last agent with --prey.
 
     Raises:
-        InputError: it is of something else.
+        InputError: it is of another.
     """
-    vec = make_team(task, prey, 1, 0)
-    vec.close()
     with np.load(path) as arrays:
         found = {name: arrays[name] for name in WEIGHTS if name in arrays}
     if len(found) < len(WEIGHTS) or found["w0"].shape[:2] != (vec.num_agents, vec.obs_dim):
-        flags = f"--task {task} --prey" if prey else f"--task {task}"
-        hint = "" if prey else "; of one with --prey, select the prey by --prey UPDATES"
+        of_prey = args.prey is not None
+        flags = f"--task {args.task} --prey" if of_prey else f"--task {args.task}"
+        hint = "" if of_prey else "; of one with --prey, select the prey by --prey UPDATES"
         raise InputError(f"{path} is not of a training with {flags}{hint}")
     return found
 
@@ -68,20 +67,22 @@ def main(args: Args) -> None:
     paths = {int(path.stem): path for path in sorted(args.snapshots.glob("[0-9]*[0-9].npz"))}
     if not paths:
         raise InputError(f"--snapshots {args.snapshots}: no snapshots (UPDATES.npz) there")
+    vec = make_team(args.task, args.prey is not None, 1, 0)
+    vec.close()
     if args.prey is not None:
         if args.prey not in paths:
             close = min(paths, key=lambda step: abs(step - args.prey))
             raise InputError(
                 f"--prey {args.prey}: no such snapshot in {args.snapshots}; the nearest is {close}"
             )
-        team = read(paths[args.prey], args.task, prey=True)
+        team = read(paths[args.prey], args, vec)
         prey = {name: values[-1] for name, values in team.items()}
         prey["w0"] = prey["w0"][: mpe.CLASSES[args.task].own_obs_dim[-1]]
         out = args.out or mpe.prey_file(args.task)
         np.savez_compressed(out, **prey)
         return print(f"wrote {out} ({out.stat().st_size / 1e3:.0f} kB)")
 
-    snapshots = [read(path, args.task, prey=False) for path in paths.values()]
+    snapshots = [read(path, args, vec) for path in paths.values()]
     policies = [  # as they ship
         {name: values.astype(np.float16) for name, values in each.items()} for each in snapshots
     ]
