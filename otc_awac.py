@@ -151,6 +151,8 @@ class Linear(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.shape[2] == 1 and not x.is_cuda:  # three to five times as fast on a CPU
+            return (x * self.weight.mT).sum(2, keepdim=True) + self.bias
         return torch.baddbmm(self.bias, x, self.weight)
 
 
@@ -258,15 +260,14 @@ class GaussianActor(nn.Module):
         """Mean, (G, batch, action_dim)."""
         return torch.tanh(self.network(obs))
 
-    def sample(self, obs):
-        """Actions in the box, (G, batch, action_dim)."""
-        mean = self(obs)
+    def sample(self, mean):
+        """Actions in the box around means, (G, batch, action_dim)."""
         return (mean + self.log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)
 
-    def log_prob(self, obs, actions):
+    def log_prob(self, mean, actions):
         """(G, batch)"""
         log_std = self.log_std
-        scaled = (actions - self(obs)) * (-log_std).exp()
+        scaled = (actions - mean) * (-log_std).exp()
         return -(0.5 * scaled.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(2)
 
 
@@ -312,7 +313,7 @@ class AWAC(nn.Module):
 
         # Critics: y = r + gamma * the smaller target critic at an action of the live policy.
         with torch.no_grad():
-            next_actions = self.actor.sample(next_obs)
+            next_actions = self.actor.sample(self.actor(next_obs))
             next_q1 = self.target_qf1(next_obs, next_actions)
             next_q2 = self.target_qf2(next_obs, next_actions)
             next_q = torch.minimum(next_q1, next_q2)
@@ -322,8 +323,9 @@ class AWAC(nn.Module):
         step(self.qf_optimizer, qf1_loss + qf2_loss)
 
         # Actor: the data's actions, weighted by their advantage over the policy's.
-        weights = self.advantage_weights(obs, actions)
-        actor_loss = -(weights * self.actor.log_prob(obs, actions)).mean(1)
+        mean = self.actor(obs)
+        weights = self.advantage_weights(obs, actions, self.actor.sample(mean))
+        actor_loss = -(weights * self.actor.log_prob(mean, actions)).mean(1)
         step(self.actor_optimizer, actor_loss)
 
         follow(self.target, self.live, args.tau)
@@ -337,10 +339,11 @@ class AWAC(nn.Module):
         }
 
     @torch.no_grad()
-    def advantage_weights(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    def advantage_weights(
+        self, obs: torch.Tensor, actions: torch.Tensor, policy_actions: torch.Tensor
+    ) -> torch.Tensor:
         """exp(A / temperature) up to weight_max, A = Q(s, a_i) - Q(s, an action of the policy), of
         scaled observations: (G, batch)."""
-        policy_actions = self.actor.sample(obs)
         q = torch.minimum(self.qf1(obs, actions), self.qf2(obs, actions))
         advantage = q - torch.minimum(self.qf1(obs, policy_actions), self.qf2(obs, policy_actions))
         return (advantage / self.args.temperature).exp().clamp(max=self.args.weight_max)
@@ -353,7 +356,7 @@ class AWAC(nn.Module):
     @torch.no_grad()
     def explore(self, obs: torch.Tensor) -> torch.Tensor:
         """A sample of the policy; shapes as of `act`."""
-        return self.actor.sample(self.scaled(obs))
+        return self.actor.sample(self.act(obs))
 
     @torch.no_grad()
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -365,8 +368,8 @@ class AWAC(nn.Module):
     def value(self, obs: torch.Tensor) -> torch.Tensor:
         """V(s), the mean of Q over num_value_actions actions of the policy: (G, batch)."""
         num = self.args.num_value_actions
+        actions = self.actor.sample(self.act(obs).repeat_interleave(num, dim=1))
         repeated = obs.repeat_interleave(num, dim=1)
-        actions = self.actor.sample(self.scaled(repeated))
         return self.q_value(repeated, actions).unflatten(1, (-1, num)).mean(2)
 
     def get_extra_state(self):

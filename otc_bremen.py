@@ -168,6 +168,8 @@ class Linear(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.shape[2] == 1 and not x.is_cuda:  # three to five times as fast on a CPU
+            return (x * self.weight.mT).sum(2, keepdim=True) + self.bias
         return torch.baddbmm(self.bias, x, self.weight)
 
 
