@@ -1,20 +1,35 @@
 """Measurements behind the documents' tables and figures."""
 
 import csv
+import io
 import json
-from pathlib import Path
+
+from common import InputError
 
 
 def write_csv(path: str, rows: list[dict]) -> None:
     """Raw numbers: a header of all rows' keys, then a line per row."""
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(
-            file, dict.fromkeys(key for row in rows for key in row), lineterminator="\n"
-        )
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    columns = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue())
 
 
 def write_json(path: str, record: dict) -> None:
     """Raw numbers with what they were measured on."""
-    Path(path).write_text(json.dumps(record, indent=1, default=str) + "\n")
+    write(path, json.dumps(record, indent=1, default=str) + "\n")
+
+
+def write(path: str, text: str, mode: str = "w") -> None:
+    """Write a file, or with mode "a" and no text find out that it can be written.
+
+    Raises:
+        InputError: it cannot.
+    """
+    try:
+        with open(path, mode, newline="") as file:
+            file.write(text)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks import write_json
+from benchmarks import write, write_json
 from benchmarks.speed import learner_of, machine, times_of, update_of
 from common import datasets, runs
 from common.replay import Replay
@@ -84,6 +84,8 @@ def learner_args(algorithm: str):
 
 
 def main(args: Args) -> None:
+    if args.json:
+        write(args.json, "", mode="a")  # refused before and not after the measurement
     device = runs.pick_device(args)
     dataset = datasets.load(args.env)
     data = datasets.built_in_path(*datasets.parse_env(args.env), len(dataset))
@@ -95,6 +97,7 @@ def main(args: Args) -> None:
     print("\n| learner | seeds | ms per agent, d3rlpy | ours | times as fast, median | quartiles |")
     print("|---|---|---|---|---|---|", flush=True)
     rows = []
+    record = {"args": vars(args), "machine": what, "ms_per_agent": rows}
     for algorithm in args.algorithms:
         calls = {}
         for num_seeds, replay in replays.items():
@@ -115,10 +118,9 @@ def main(args: Args) -> None:
             rows.append(
                 {"algorithm": algorithm, "seeds": num_seeds, "ms_d3rlpy": theirs, "ms_ours": times}
             )
+        if args.json:  # as soon as it is known: the whole takes long
+            write_json(args.json, record)
     peer.process.stdin.close()
-    if args.json:
-        record = {"args": vars(args), "machine": what, "ms_per_agent": rows}
-        write_json(args.json, record)
 
 
 def offline_update(script: str, replay: Replay, device: torch.device) -> runs.Graphed:

@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 import tyro
 
-from benchmarks import write_json
+from benchmarks import write, write_json
 from benchmarks.speed import machine
 from common import datasets, runs
 
@@ -131,23 +131,25 @@ def phases_of(args: Args, num_seeds: int) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
+    if args.json:
+        write(args.json, "", mode="a")  # refused before and not after the measurement
     datasets.load(args.env)  # into the cache
     what = machine(runs.pick_device(args))
     rows = []
+    record = {"args": vars(args), "machine": what, "seconds": rows}
     for num_seeds in args.num_seeds:
         seconds = phases_of(args, num_seeds)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         total = sum(seconds.values())
         rows.append({"seeds": num_seeds, **seconds, "total": total, "peak_GiB": peak})
+        if args.json:  # as soon as it is known: the whole takes long
+            write_json(args.json, record)
     print(f"\n{args.script}", args.env, *(f"{k} {v}" for k, v in what.items()), sep=", ")
     print("\n| seeds |", " | ".join(PHASES), "| total, s | peak memory, GiB |")
     print("|---|" + "---|" * (len(PHASES) + 2))
     for row in rows:
         cells = (f"{row[name]:.1f}" for name in (*PHASES, "total"))
         print(f"| {row['seeds']} |", " | ".join(cells), f"| {row['peak_GiB']:.2f} |")
-    if args.json:
-        record = {"args": vars(args), "machine": what, "seconds": rows}
-        write_json(args.json, record)
 
 
 if __name__ == "__main__":

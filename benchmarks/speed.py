@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks import write_json
+from benchmarks import write, write_json
 from common import datasets, runs, sampler
 from common.datasets import TeamDataset
 from common.replay import Replay
@@ -250,6 +250,8 @@ def exact_seconds(match: Callable, shape: tuple, device: torch.device) -> float:
 
 
 def main(args: Args) -> None:
+    if args.json:
+        write(args.json, "", mode="a")  # refused before and not after the measurement
     device = runs.pick_device(args)
     dataset = datasets.load(args.env)
     discrete = discrete_data() if "otc_cql_discrete" in args.scripts else None
@@ -257,7 +259,9 @@ def main(args: Args) -> None:
     print(args.env, *(f"{key} {value}" for key, value in what.items()), sep=", ")
     print("\n| script | seeds | mode | update | ms, median | over uniform, median | quartiles |")
     print("|---|---|---|---|---|---|---|", flush=True)
-    times, stages = [], []
+    times, stages, exact = [], [], {}
+    record = {"args": vars(args), "machine": what, "times": times, "stages": stages}
+    record["exact_match_s"] = exact
     for num_seeds in args.num_seeds:
         continuous_replay = fill(dataset, num_seeds, device)
         discrete_replay = None if discrete is None else fill(discrete, num_seeds, device)
@@ -284,22 +288,20 @@ def main(args: Args) -> None:
             for name in ("otc (value)", "otc (embedding)"):
                 share = stages_of(script, replay, STRATEGIES[name], 10)
                 stages.append({"script": script, "seeds": num_seeds, "update": name, **share})
+            if args.json:  # as soon as it is known: the whole takes long
+                write_json(args.json, record)
     names = list(stages[0])[3:]
     print("\n| script | seeds | update |", *(f"{name}, % |" for name in names))
     print("|---|---|---|" + "---|" * len(names))
     for row in stages:
         shares = " | ".join(f"{100 * row[name]:.0f}" for name in names)
         print(f"| {row['script']} | {row['seeds']} | {row['update']} | {shares} |")
-    exact = {
-        "value": exact_seconds(sampler.match_by_value, (), device),
-        # On a CPU on a hundredth of the candidates: the time is in proportion to them
-        "embedding": exact_seconds(sampler.match_by_embedding, (10,), device),
-    }
+    exact["value"] = exact_seconds(sampler.match_by_value, (), device)
+    # On a CPU on a hundredth of the candidates: the time is in proportion to them
+    exact["embedding"] = exact_seconds(sampler.match_by_embedding, (10,), device)
     print("\n1,000,000 candidates x 10,000 references, seconds of the match per group:", end=" ")
     print(", ".join(f"{name} {seconds:.2f}" for name, seconds in exact.items()))
     if args.json:
-        record = {"args": vars(args), "machine": what, "times": times, "stages": stages}
-        record["exact_match_s"] = exact
         write_json(args.json, record)
 
 
