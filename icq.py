@@ -260,15 +260,14 @@ class GaussianActor(nn.Module):
         """Mean, (G, batch, action_dim)."""
         return torch.tanh(self.network(obs))
 
-    def sample(self, obs):
-        """Actions in the box, (G, batch, action_dim)."""
-        mean = self(obs)
+    def sample(self, mean):
+        """Actions in the box around means, (G, batch, action_dim)."""
         return (mean + self.log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)
 
-    def log_prob(self, obs, actions):
+    def log_prob(self, mean, actions):
         """(G, batch)"""
         log_std = self.log_std
-        scaled = (actions - self(obs)) * (-log_std).exp()
+        scaled = (actions - mean) * (-log_std).exp()
         return -(0.5 * scaled.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(2)
 
 
@@ -344,10 +343,12 @@ class ICQ(nn.Module):
         step(self.qf_optimizer, qf1_loss + qf2_loss)
 
         # Actor: the data's actions, weighted by the softmax of their advantage over the policy's.
+        mean = self.actor(obs)
         with torch.no_grad():
-            advantage = self.value_of(obs, actions) - self.value_of(obs, self.actor.sample(obs))
+            policy_actions = self.actor.sample(mean)
+            advantage = self.value_of(obs, actions) - self.value_of(obs, policy_actions)
             weights = batch_softmax(advantage / args.temperature, torch.ones_like(advantage))
-        actor_loss = -(weights * self.actor.log_prob(obs, actions)).mean(1)
+        actor_loss = -(weights * self.actor.log_prob(mean, actions)).mean(1)
         step(self.actor_optimizer, actor_loss)
 
         follow(self.target, self.live, args.tau)
@@ -372,7 +373,7 @@ class ICQ(nn.Module):
     @torch.no_grad()
     def explore(self, obs: torch.Tensor) -> torch.Tensor:
         """A sample of the policy; shapes as of `act`."""
-        return self.actor.sample(self.scaled(obs))
+        return self.actor.sample(self.act(obs))
 
     @torch.no_grad()
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:

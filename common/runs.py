@@ -144,11 +144,12 @@ def deployment_steps(args, dataset_size: int) -> int:
 
 def pick_device(args) -> torch.device:
     """--device as torch understands it; `auto` is CUDA where there is one. On a CPU the process
-    keeps the memory that it frees."""
+    keeps the memory that it frees and takes the faster matrix products."""
     has_cuda = torch.cuda.is_available()
     name = args.device if args.device != "auto" else "cuda" if has_cuda else "cpu"
     if name == "cpu":
         keep_freed_memory()
+        multiply_by_onednn()
     return torch.device(name)
 
 
@@ -161,6 +162,20 @@ def keep_freed_memory() -> None:
         return
     mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own
     mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def multiply_by_onednn() -> None:
+    """Matrix products by oneDNN in place of MKL, on AMD's processors with AVX-512, which MKL leaves
+    unused there: those of a million multiplications take half the time, very small ones longer.
+
+    torch asks oneDNN for float32 only where it may round to bfloat16, so it may; and oneDNN is kept
+    to instructions that cannot. Nothing is rounded.
+    """
+    cpu = Path("/proc/cpuinfo")
+    is_amd = cpu.exists() and "AuthenticAMD" in cpu.read_text()
+    if is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # read at oneDNN's first product
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
 # --- One captured update ---

@@ -273,6 +273,21 @@ def trained_with_diagnostics(script, strategy, device, graphed):
     return [p.detach() for p in agent.parameters()], returned
 
 
+def test_fast_products_on_a_cpu_are_float32():
+    """Where oneDNN may round products to bfloat16, and elsewhere: a number that it does not hold
+    passes, and errors are those of float32's sums."""
+    runs.multiply_by_onednn()
+    torch.manual_seed(0)
+    identity = torch.eye(256).repeat(2, 1, 1)
+    for rows in (1, 10, 128, 3840):
+        x = torch.full((2, rows, 256), 1 + 2**-20)
+        assert torch.equal(torch.baddbmm(torch.zeros(2, 1, 256), x, identity), x)
+        x, w = torch.randn(2, rows, 256), torch.randn(2, 256, 256)
+        for a, b in ((x, w), (x, w.mT), (x.mT, x)):
+            scale = (a.abs().double() @ b.abs().double()).max()
+            assert (a @ b - a.double() @ b.double()).abs().max() < 1e-6 * scale
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize(("script", "strategy"), WITH_STRATEGY)
