@@ -13,6 +13,8 @@ transitions in the order of their collection. Draws and gathers never wait for t
 they can be part of a CUDA graph.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -185,6 +187,19 @@ class Replay:
             dead = (batch["next_obs"][..., -self.actions.shape[2] :] <= 0).all(2)
             batch["terminations"] = torch.maximum(batch["terminations"], dead.float())
         return batch
+
+    def in_parts(self, function: Callable, index: torch.Tensor, size: int = 4096) -> torch.Tensor:
+        """A function of a batch as `gather` returns it, on the transitions of `index` (G, n), at
+        most `size` at a time: (G, n, ...)."""
+        if index.shape[1] <= size:
+            return function(self.gather(index))
+        result = None
+        for start in range(0, index.shape[1], size):
+            part = function(self.gather(index[:, start : start + size]))
+            if result is None:  # one block: parts kept between what is freed would fragment memory
+                result = part.new_empty(*index.shape, *part.shape[2:])
+            result[:, start : start + size] = part
+        return result
 
     def gather_team(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
         """`gather` with what the whole team saw and did, for centralised critics.

@@ -10,8 +10,9 @@ AAAI 2023; equation and line numbers are that paper's.
 
 import torch
 
-# The largest block of pairwise distances held at once: 2^24 floats are 64 MiB.
-MAX_PAIRS = 2**24
+# The largest block of pairwise distances held at once: 64 MiB, 4 on a CPU, where small ones are as
+# fast and leave small holes in memory.
+MAX_PAIRS = {"cuda": 2**24, "cpu": 2**20}
 
 
 def match_by_value(
@@ -62,8 +63,9 @@ def match_by_embedding(
         memory at a time.
     """
     num_groups, num_references = references.shape[:2]
-    chunk = max(1, MAX_PAIRS // (num_groups * num_references))
-    distances = []
+    chunk = max(1, MAX_PAIRS[references.device.type] // (num_groups * num_references))
+    # One block: parts kept between the pairs that are freed would fragment the memory
+    distances = candidates.new_empty(num_groups, candidates.shape[1])
     for start in range(0, candidates.shape[1], chunk):
         pairs = torch.cdist(candidates[:, start : start + chunk], references, p=1)  # (G, b, D)
         if exclude is not None:
@@ -71,8 +73,8 @@ def match_by_embedding(
             pairs = pairs.masked_fill(
                 forbidden == torch.arange(num_references, device=pairs.device), torch.inf
             )
-        distances.append(pairs.amin(dim=2))
-    return torch.cat(distances, dim=1)
+        distances[:, start : start + chunk] = pairs.amin(dim=2)
+    return distances
 
 
 def find_self_matches(candidates: torch.Tensor, references: torch.Tensor) -> torch.Tensor:

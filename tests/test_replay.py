@@ -157,6 +157,22 @@ def test_merged_draws_are_offline_before_the_first_deployment(device):  # noqa: 
         assert_frequencies(group, np.ones(OFFLINE))
 
 
+def test_a_function_in_parts_is_that_of_the_whole(device):  # noqa: F811
+    replay = make(device, deployments=2)
+    index = torch.randint(OFFLINE + 2 * M, (S * N, 11), device=device)
+    sizes = []
+
+    def function(batch):
+        sizes.append(batch["rewards"].shape[1])
+        return batch[name]
+
+    for name in ("rewards", "obs"):
+        whole = replay.gather(index)[name]
+        for size in (1, 4, 11, 12):
+            assert torch.equal(replay.in_parts(function, index, size), whole)
+    assert sizes == 2 * ([1] * 11 + [4, 4, 3] + [11] + [11])
+
+
 def test_groups_draw_independently(device):  # noqa: F811
     index = array(make(device, deployments=1).draw_merged(40_000))
     size = OFFLINE + M

@@ -245,7 +245,7 @@ def test_chunks_do_not_change_the_match(limit, excluding, device, rng, monkeypat
     c, r = to(rng.normal(size=(3, 41, 4)), device), to(rng.normal(size=(3, 11, 4)), device)
     exclude = torch.randint(-1, 11, (3, 41), device=device) if excluding else None
     whole = match_by_embedding(c, r, exclude)
-    monkeypatch.setattr(sampler, "MAX_PAIRS", limit)
+    monkeypatch.setattr(sampler, "MAX_PAIRS", {"cuda": limit, "cpu": limit})
     parts = match_by_embedding(c, r, exclude)
     assert torch.equal(whole, parts)
 
@@ -263,7 +263,8 @@ def test_memory_of_a_large_match_is_bounded(device):
     references = torch.randn(3, 10_000, 2, device=device)
     with Watch() as watch:
         match_by_embedding(torch.randn(3, 1500, 2, device=device), references)
-    assert sampler.MAX_PAIRS // 2 < watch.largest <= sampler.MAX_PAIRS
+    limit = sampler.MAX_PAIRS[references.device.type]
+    assert limit // 2 < watch.largest <= limit
 
 
 def test_find_self_matches(device, rng):
