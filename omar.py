@@ -195,7 +195,7 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.shape[2] == 1 and not x.is_cuda:  # faster on a CPU
             return (x * self.weight.mT).sum(2, keepdim=True) + self.bias
-        return torch.baddbmm(self.bias, x, self.weight)
+        return torch.bmm(x, self.weight).add_(self.bias)
 
 
 def mlp(num_groups: int, in_features: int, hidden_size: int, out_features: int) -> nn.Sequential:

@@ -158,7 +158,7 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.weight.shape[2] == 1 and not x.is_cuda:  # faster on a CPU
             return (x * self.weight.mT).sum(2, keepdim=True) + self.bias
-        return torch.baddbmm(self.bias, x, self.weight)
+        return torch.bmm(x, self.weight).add_(self.bias)
 
 
 def mlp(num_groups: int, in_features: int, hidden_size: int, out_features: int) -> nn.Sequential:
@@ -377,9 +377,12 @@ class CQL(nn.Module):
             sampled = torch.cat([uniform, at_obs, at_next_obs], dim=2).flatten(1, 2)
             log_density = torch.cat([log_uniform, log_prob, next_log_prob], dim=2)
             repeated = obs.repeat_interleave(3 * num, dim=1)  # s for all three kinds
+            rows = repeated.shape[1] if obs.is_cuda else 480  # at a time: what a CPU's cache holds
+            parts = list(zip(repeated.split(rows, 1), sampled.split(rows, 1), strict=True))
         gaps = []
         for qf, q in ((self.qf1, q1), (self.qf2, q2)):
-            q_sampled = qf(repeated, sampled).unflatten(1, (-1, 3 * num))  # (G, batch, 3 * num)
+            q_sampled = torch.cat([qf(*part) for part in parts], dim=1)
+            q_sampled = q_sampled.unflatten(1, (-1, 3 * num))  # (G, batch, 3 * num)
             gaps.append((torch.logsumexp(q_sampled - log_density, dim=2) - q).mean(1))
         return gaps[0], gaps[1]
 

@@ -188,9 +188,13 @@ class Replay:
             batch["terminations"] = torch.maximum(batch["terminations"], dead.float())
         return batch
 
-    def in_parts(self, function: Callable, index: torch.Tensor, size: int = 4096) -> torch.Tensor:
+    def in_parts(
+        self, function: Callable, index: torch.Tensor, size: int | None = None
+    ) -> torch.Tensor:
         """A function of a batch as `gather` returns it, on the transitions of `index` (G, n), at
-        most `size` at a time: (G, n, ...)."""
+        most `size` at a time, fewer on a CPU unless told, for its cache: (G, n, ...)."""
+        if size is None:
+            size = 4096 if index.is_cuda else 1280
         if index.shape[1] <= size:
             return function(self.gather(index))
         result = None

@@ -81,7 +81,7 @@ class Linear(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)
+        return torch.bmm(x, self.weight).add_(self.bias)
 
 
 def mlp(num_groups: int, in_features: int, hidden_size: int, out_features: int) -> nn.Sequential:
