@@ -303,12 +303,13 @@ class DiscreteCQL(nn.Module):
         step(self.qf_optimizer, qf1_loss + qf2_loss + args.cql_alpha * (gap1 + gap2))
 
         follow(self.target, self.live, args.tau)
+        greedy = one_hot_argmax(torch.minimum(values1, values2).detach(), legal)
         return {
             "losses/qf1_loss": qf1_loss.detach(),
             "losses/qf2_loss": qf2_loss.detach(),
             "losses/qf1_values": (share * q1.detach()).sum(1),
             "losses/conservative_gap": (gap1 + gap2).detach() / 2,
-            "losses/greedy_agreement": self.agreement(obs, actions, legal, share),
+            "losses/greedy_agreement": (share * (greedy * actions).sum(2)).sum(1),
         }
 
     @staticmethod
@@ -324,11 +325,6 @@ class DiscreteCQL(nn.Module):
         legal: (G, batch, action_dim). Observations are scaled."""
         values = torch.minimum(self.qf1(obs), self.qf2(obs))
         return one_hot_argmax(values, legal)
-
-    @torch.no_grad()
-    def agreement(self, obs, actions, legal, share) -> torch.Tensor:
-        """Share of the data's actions that are the greedy ones, (G,)."""
-        return (share * (self.greedy(obs, legal) * actions).sum(2)).sum(1)
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
@@ -352,7 +348,9 @@ class DiscreteCQL(nn.Module):
     @torch.no_grad()
     def value(self, obs: torch.Tensor) -> torch.Tensor:
         """V(s), Q of the greedy legal action, 0 where none is legal: (G, batch)."""
-        return self.q_value(obs, self.act(obs))
+        scaled = self.scaled(obs)
+        values = torch.minimum(self.qf1(scaled), self.qf2(scaled))
+        return (values * one_hot_argmax(values, self.legal(obs))).sum(2)
 
     def get_extra_state(self):
         """The optimisers' states, so that `state_dict` holds the whole learner."""

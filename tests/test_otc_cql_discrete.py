@@ -244,6 +244,16 @@ def test_values_are_of_the_greedy_action_and_zero_for_the_dead():
     torch.testing.assert_close(best[~dead], q[~dead])
 
 
+def test_agreement_is_the_share_of_greedy_actions_among_those_of_the_living():
+    agent, batch = with_scales(make()), random_batch(seed=4)
+    actions, alive = agent.act(batch["obs"]), batch["obs"][..., -A:].amax(2)
+    same = (actions * batch["actions"]).sum(2)
+    expected = (same * alive).sum(1) / alive.sum(1)
+    assert ((expected > 0) & (expected < 1)).all()
+    found = agent.update(batch)["losses/greedy_agreement"]
+    torch.testing.assert_close(found, expected)
+
+
 def test_it_learns_the_values_of_a_small_problem():
     """Two states: action 1 pays 1 and leads to death, action 2 pays 0.5 and stays; action 3 would
     pay most and is illegal. Without the penalty Q(s, 2) is 0.5 / (1 - gamma)."""
