@@ -499,19 +499,18 @@ class TransitionSampler(nn.Module):
             embedded = self.latest_embeddings.take_along_dim(row, dim=1)
             return sampler.match_by_embedding(self.embed(candidates), embedded, exclude)
 
-        def q_value(batch):
-            return agent.q_value(batch["obs"], batch["actions"])
+        def value_and_end(next_obs, terminations):
+            return torch.stack([agent.value(next_obs), terminations], dim=2)
 
-        def value_and_end(batch):
-            return torch.stack([agent.value(batch["next_obs"]), batch["terminations"]], dim=2)
-
-        q = self.replay.in_parts(q_value, torch.cat([candidates, references], dim=1))
+        both = torch.cat([candidates, references], dim=1)
+        q = self.replay.in_parts(agent.q_value, both, ("obs", "actions"))
         sizes = [candidates.shape[1], references.shape[1]]
         match = sampler.match_by_value(*q.split(sizes, dim=1), exclude)
         # V(s'*) of the matches alone, and its mean over them and not over all of D: otherwise low
         # values rank first wherever the two means differ; see docs/otc.md.
         both = torch.cat([candidates, references.gather(1, match)], dim=1)
-        next_states = self.replay.in_parts(value_and_end, both)  # (G, 2 B, 2)
+        columns = ("next_obs", "terminations")
+        next_states = self.replay.in_parts(value_and_end, both, columns)  # (G, 2 B, 2)
         (v_next, end), (v_next_star, end_star) = (x.unbind(2) for x in next_states.chunk(2, 1))
         # Nothing follows an end, and its V is not learned: pairs with one are drawn as by chance.
         is_end = (end > 0) | (end_star > 0)
@@ -521,12 +520,8 @@ class TransitionSampler(nn.Module):
 
     def embed(self, index: torch.Tensor) -> torch.Tensor:
         """(G, n) -> (G, n, embedding_dim)."""
-        return self.replay.in_parts(
-            lambda batch: self.embedding.encode(batch["obs"], batch["actions"], batch["next_obs"])[
-                0
-            ],
-            index,
-        )
+        columns = ("obs", "actions", "next_obs")
+        return self.replay.in_parts(lambda **x: self.embedding.encode(**x)[0], index, columns)
 
     def embed_latest(self, latest: torch.Tensor) -> None:
         """Embed the whole of D^k, indices (G, M), once: the conditional VAE does not change any

@@ -20,6 +20,8 @@ import torch
 
 from common.datasets import TeamDataset
 
+COLUMNS = ("obs", "actions", "rewards", "next_obs", "terminations")
+
 
 class Replay:
     """Merged data B^k and latest online data D^k of every group, g = seed_index * num_agents +
@@ -172,34 +174,41 @@ class Replay:
         """Whether each index (G, n) is an online transition."""
         return index >= self.num_offline
 
-    def gather(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The transitions of `index` (G, n).
+    def gather(
+        self, index: torch.Tensor, columns: tuple[str, ...] = COLUMNS
+    ) -> dict[str, torch.Tensor]:
+        """The transitions of `index` (G, n), all of them or some columns.
 
         Returns:
             obs, next_obs (G, n, obs_dim), actions (G, n, action_dim), rewards, terminations (G, n);
-            all float32. Discrete data's terminations are also the agent's own death.
+            all float32. Discrete data's terminations are also the agent's own death; they need
+            next_obs.
         """
         row = index + self.is_online(index) * self.seed_rows
         if self.stand_ins is not None:
             row = self.stand_ins.take(self.agent_rows + row)
-        batch = self._take(row, row + self.viewer_rows, row + self.agent_rows)
-        if self.stand_ins is not None:
+        batch = self._take(row, row + self.viewer_rows, row + self.agent_rows, columns)
+        if self.stand_ins is not None and "terminations" in columns:
             dead = (batch["next_obs"][..., -self.actions.shape[2] :] <= 0).all(2)
             batch["terminations"] = torch.maximum(batch["terminations"], dead.float())
         return batch
 
     def in_parts(
-        self, function: Callable, index: torch.Tensor, size: int | None = None
+        self,
+        function: Callable,
+        index: torch.Tensor,
+        columns: tuple[str, ...],
+        size: int | None = None,
     ) -> torch.Tensor:
-        """A function of a batch as `gather` returns it, on the transitions of `index` (G, n), at
-        most `size` at a time, fewer on a CPU unless told, for its cache: (G, n, ...)."""
+        """A function of some columns, its arguments' names, on the transitions of `index` (G, n):
+        (G, n, ...). At most `size` at a time; unless told, as many as a CPU's cache holds."""
         if size is None:
             size = 4096 if index.is_cuda else 1280
         if index.shape[1] <= size:
-            return function(self.gather(index))
+            return function(**self.gather(index, columns))
         result = None
         for start in range(0, index.shape[1], size):
-            part = function(self.gather(index[:, start : start + size]))
+            part = function(**self.gather(index[:, start : start + size], columns))
             if result is None:  # one block: parts kept between what is freed would fragment memory
                 result = part.new_empty(*index.shape, *part.shape[2:])
             result[:, start : start + size] = part
@@ -235,20 +244,15 @@ class Replay:
         batch["is_followed"] = goes_on.float() * (1 - batch["terminations"])
         return batch
 
-    def _take(self, row, viewer_row, agent_row) -> dict[str, torch.Tensor]:
-        """The rows of every storage's flattened first two dimensions."""
+    def _take(self, row, viewer_row, agent_row, columns=COLUMNS) -> dict[str, torch.Tensor]:
+        """The rows of the columns' flattened first two dimensions."""
+        rows = {"obs": viewer_row, "next_obs": viewer_row, "actions": agent_row}
 
         def take(storage, rows):
             picked = storage.flatten(0, 1).index_select(0, rows.flatten())
             return picked.view(*rows.shape, *storage.shape[2:])
 
-        return {
-            "obs": take(self.obs, viewer_row),
-            "next_obs": take(self.next_obs, viewer_row),
-            "actions": take(self.actions, agent_row),
-            "rewards": take(self.rewards, row),
-            "terminations": take(self.terminations, row),
-        }
+        return {name: take(getattr(self, name), rows.get(name, row)) for name in columns}
 
     def _online_rows(self, storage: torch.Tensor) -> torch.Tensor:
         """View of the online part of a storage: (agents, S, K * M, ...)."""
@@ -257,9 +261,8 @@ class Replay:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The online data collected so far; the offline data is loaded anew."""
         size = int(self.num_online)
-        names = ("obs", "next_obs", "actions", "rewards", "terminations")
         state = {
-            name: self._online_rows(getattr(self, name))[:, :, :size].clone() for name in names
+            name: self._online_rows(getattr(self, name))[:, :, :size].clone() for name in COLUMNS
         }
         explorer = self.explorer[:, :size].clone()
         return {**state, "explorer": explorer, "num_online": self.num_online.clone()}
@@ -267,7 +270,7 @@ class Replay:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Put back what `state_dict` returned."""
         size = int(state["num_online"])
-        for name in ("obs", "next_obs", "actions", "rewards", "terminations"):
+        for name in COLUMNS:
             self._online_rows(getattr(self, name))[:, :, :size] = state[name].to(self.device)
         for first in range(self.num_offline, self.num_rows, max(1, self.capacity)):
             for start in range(first, first + size, self.deployment_steps):

@@ -162,15 +162,15 @@ def test_a_function_in_parts_is_that_of_the_whole(device):  # noqa: F811
     index = torch.randint(OFFLINE + 2 * M, (S * N, 11), device=device)
     sizes = []
 
-    def function(batch):
-        sizes.append(batch["rewards"].shape[1])
-        return batch[name]
+    def function(rewards, obs):
+        sizes.append(rewards.shape[1])
+        return obs * rewards.unsqueeze(2)
 
-    for name in ("rewards", "obs"):
-        whole = replay.gather(index)[name]
-        for size in (1, 4, 11, 12):
-            assert torch.equal(replay.in_parts(function, index, size), whole)
-    assert sizes == 2 * ([1] * 11 + [4, 4, 3] + [11] + [11])
+    whole = replay.gather(index)
+    for size in (1, 4, 11, 12):
+        found = replay.in_parts(function, index, ("rewards", "obs"), size)
+        assert torch.equal(found, whole["obs"] * whole["rewards"].unsqueeze(2))
+    assert sizes == [1] * 11 + [4, 4, 3] + [11] + [11]
 
 
 def test_groups_draw_independently(device):  # noqa: F811
