@@ -178,8 +178,8 @@ def test_offline_updates_see_offline_data_and_later_ones_what_the_sampler_draws(
     learner, last, drawn, seen = getattr(module, SCRIPTS[script][0]), {}, [], []
     gather, draw, update = Replay.gather, module.TransitionSampler.draw, learner.update
 
-    def noted_gather(replay, index):
-        last["index"], last["batch"] = index, gather(replay, index)
+    def noted_gather(replay, index, *columns):
+        last["index"], last["batch"] = index, gather(replay, index, *columns)
         return last["batch"]
 
     def noted_draw(*args):
