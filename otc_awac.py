@@ -378,10 +378,7 @@ class AWAC(nn.Module):
 
     def set_extra_state(self, state) -> None:
         for optimizer, its_state in zip(self.optimizers, state, strict=True):
-            learning_rate = optimizer.param_groups[0]["lr"]
-            optimizer.load_state_dict(its_state)
-            # That of the flags, which may be another one than the offline policy's
-            optimizer.param_groups[0]["lr"] = learning_rate
+            restore(optimizer, its_state)
 
 
 def adam(parameters, learning_rate: float) -> torch.optim.Adam:
@@ -389,6 +386,12 @@ def adam(parameters, learning_rate: float) -> torch.optim.Adam:
     parameters = list(parameters)
     capturable = parameters[0].is_cuda
     return torch.optim.Adam(parameters, learning_rate, fused=True, capturable=capturable)
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load its state but for what this run sets: the learning rate, and what capture needs."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
 def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
@@ -585,7 +588,7 @@ class TransitionSampler(nn.Module):
         if state["latest_embeddings"] is not None:
             self.latest_embeddings = state["latest_embeddings"].to(self.replay.device)
         if "optimizer" in state:
-            self.optimizer.load_state_dict(state["optimizer"])
+            restore(self.optimizer, state["optimizer"])
         if "priorities" in state:
             self.priorities.load_state_dict(state["priorities"])
 

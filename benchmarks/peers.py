@@ -1,5 +1,5 @@
 """Our learners beside d3rlpy's: updates per second and agent, the same networks, batches, numbers
-of sampled actions and data, one thread each, in turn.
+of sampled actions and data (d3rlpy holds its first 100,000 transitions), one thread each, in turn.
 
     OMP_NUM_THREADS=1 python -m benchmarks.peers --json peers.json
 
@@ -54,11 +54,13 @@ class Peer:
 
     def __init__(self, args: Args, data: Path, action_dim: int, device: torch.device):
         python = args.environment / "bin" / "python"
-        if not python.exists():
+        complete = args.environment / "complete"
+        if not complete.exists():
             print(f"making d3rlpy's environment in {args.environment}")
             subprocess.run([sys.executable, "-m", "venv", args.environment], check=True)
             packages = [f"d3rlpy=={VERSION}", f"torch=={torch.__version__.split('+')[0]}"]
             subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+            complete.touch()
         worker = Path(__file__).with_name("d3rlpy_worker.py")
         hidden = [str(learner_args(a).hidden_size) for a in ("BCQ", "TD3BC")]
         flags = [str(action_dim), *hidden, str(int(args.compile)), device.type]

@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.value_actions runs/OFFLINE_RUN --csv FILE.csv
 
-512 candidates are matched with 2,000 other offline transitions by the run's offline policy; the
-similarities with n actions per V are compared with those with 200 by Spearman's rank correlation.
+512 candidates are matched with 2,000 other offline transitions by the run's offline policy, ends of
+episodes as all others; the similarities with n actions per V are compared with those with 200 by
+Spearman's rank correlation.
 """
 
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ def main(args: Args) -> None:
     def similarity(num_actions: int) -> torch.Tensor:
         options.num_value_actions = num_actions
         v = agent.value(both["next_obs"])
-        star = sampler.relative_to_mean(v[:, 512:]).gather(1, match)
+        star = sampler.relative_to_mean(v[:, 512:].gather(1, match))
         return (sampler.relative_to_mean(v[:, :512]) - star).abs()
 
     reference, rows = ranks(similarity(200)), []

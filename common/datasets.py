@@ -136,7 +136,7 @@ def cache_dir() -> Path:
 
 def built_in_path(task: str, quality: str, size: int) -> Path:
     """A built-in file's place in the cache; its name changes with what made it: the policies that
-    ship, and the code of the task where that is in this folder."""
+    ship, and the code of the task and of its behaviours where that is in this folder."""
     here = Path(__file__).parent
     makers = {
         "mujoco": [f"behaviours/{task}.npz"],

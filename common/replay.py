@@ -201,7 +201,7 @@ class Replay:
         size: int | None = None,
     ) -> torch.Tensor:
         """A function of some columns, its arguments' names, on the transitions of `index` (G, n):
-        (G, n, ...). At most `size` at a time; unless told, as many as a CPU's cache holds."""
+        (G, n, ...). At most `size` at a time; default: on a CPU, what its cache holds."""
         if size is None:
             size = 4096 if index.is_cuda else 1280
         if index.shape[1] <= size:

@@ -154,7 +154,7 @@ def pick_device(args) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Where the C library is glibc: otherwise every tensor of more than 32 MiB is mapped and its
+    """Keep it for reuse, with glibc: otherwise every tensor of more than 32 MiB is mapped and its
     pages are cleared anew at each update."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -384,7 +384,7 @@ class Run:
         else:
             self.folders = self._make_folders()
         purge_step = None
-        if checkpoint is not None:  # what was logged after it is made again
+        if checkpoint is not None:  # what updates logged after it is made again
             phase, done = checkpoint["progress"]
             purge_step = updates_before(args, phase) + done + 1
         self.writers = [SummaryWriter(str(f), purge_step=purge_step) for f in self.folders]

@@ -59,8 +59,8 @@ def match_by_embedding(
             none.
 
     Returns:
-        (G, B) distance to the nearest reference. At most `MAX_PAIRS` pairwise distances are in
-        memory at a time.
+        (G, B) distance to the nearest reference. At most `MAX_PAIRS` pairwise distances, or those
+        of one candidate per group, are in memory at a time.
     """
     num_groups, num_references = references.shape[:2]
     chunk = max(1, MAX_PAIRS[references.device.type] // (num_groups * num_references))

@@ -131,6 +131,18 @@ def test_a_state_dict_holds_all_that_training_depends_on(script):
 
 
 @every_script
+def test_a_state_of_another_device_keeps_updates_capturable(script):
+    """A CPU's optimisers are not capturable, a GPU's must stay so, and a learning rate its own."""
+    state, agent = make(script, 4)[0].state_dict(), make(script, 4)[0]
+    for optimizer in agent.optimizers:
+        optimizer.param_groups[0].update(capturable=True, lr=0.5)
+    agent.load_state_dict(state)
+    for optimizer in agent.optimizers:
+        group = optimizer.param_groups[0]
+        assert group["capturable"] and group["lr"] == 0.5
+
+
+@every_script
 def test_losses_and_what_the_sampler_needs_have_one_value_per_group(script):
     torch.manual_seed(0)
     agent, kind_of = make(script, 3)

@@ -80,6 +80,7 @@ class Watch(TorchDispatchMode):
     CUDA."""
 
     WAITS = ("local_scalar_dense", "nonzero", "masked_select", "unique2", "unique_dim", "equal")
+    TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
     def __init__(self):
         super().__init__()
@@ -87,7 +88,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.__name__.split(".")[0].lstrip("_")
-        waits = name in self.WAITS
+        waits = name in self.WAITS or self.TAGS & set(func.tags)
         if name in ("index", "index_put", "index_put_"):  # by a mask
             waits = any(i is not None and i.dtype == torch.bool for i in args[1])
         assert not waits, f"{name} waits for the host"

@@ -323,7 +323,8 @@ def _write(file: h5py.File, task: str, quality: str, size: int, num_workers: int
 def make(
     task: str, quality: str, size: int, path: Path | str, num_workers: int | None = None
 ) -> None:
-    """Write `size` transitions of task's built-in data to `path`, behind a progress bar.
+    """Write `size` transitions of task's built-in data to `path`, behind a progress bar, unless
+    the file is there already.
 
     `quality` is random, medium, medium-replay or expert; of the particle tasks random only, of
     MuJoCo's all but expert, of SMAX's maps random and medium, of the mazes none (""). The file
