@@ -15,8 +15,8 @@ MODEL = "otc_bcq"  # what the others are compared with
 # Module-level blocks that are the same in every script, besides `Args` and `main`, of which a part
 # is compared.
 EVERYWHERE = (
-    "Linear mlp EmbeddingVAE kl_divergence DensityRatio adam step TransitionSampler act deploy "
-    "evaluate"
+    "Linear mlp EmbeddingVAE kl_divergence DensityRatio adam restore step TransitionSampler act "
+    "deploy evaluate"
 ).split()
 # What only some scripts need, and the scripts that have it
 SOMEWHERE = {
