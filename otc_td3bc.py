@@ -535,12 +535,12 @@ class TransitionSampler(nn.Module):
     def draw_balanced(self, batch_size: int = 256, temperature: float = 5.0) -> torch.Tensor:
         """Balanced Replay: in proportion to the density ratio, which takes one update and is
         refreshed where drawn."""
-        replay = self.replay
-        offline = replay.gather(replay.draw_offline(batch_size))
-        online = replay.gather(replay.draw_online(batch_size))
+        replay, columns = self.replay, ("obs", "actions")
+        offline = replay.gather(replay.draw_offline(batch_size), columns)
+        online = replay.gather(replay.draw_online(batch_size), columns)
         step(self.optimizer, self.density.loss(offline, online))
         index = self.priorities.draw(self.args.batch_size)
-        batch = replay.gather(index)
+        batch = replay.gather(index, columns)
         with torch.no_grad():
             usual = self.density(offline["obs"], offline["actions"]).pow(1 / temperature).mean(1)
             ratio = self.density(batch["obs"], batch["actions"]).pow(1 / temperature)

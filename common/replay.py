@@ -237,7 +237,7 @@ class Replay:
             (G, n), 1 where that row goes on from there and 0 where an episode or the data ends.
         """
         last = self.num_offline + self.num_online - 1
-        after = self.gather(torch.minimum(index + 1, last))
+        after = self.gather(torch.minimum(index + 1, last), ("obs", "actions"))
         batch = self.gather(index)
         goes_on = (batch["next_obs"] == after["obs"]).all(2) & (index < last)
         batch["next_actions"] = after["actions"]

@@ -372,11 +372,7 @@ def test_resume_after_a_kill_ends_where_the_unbroken_run_does(tmp_path, data):
 
     whole = only(tmp_path / "unbroken")
     assert (whole / "returns.csv").read_bytes() == (folder / "returns.csv").read_bytes()
-    steps, again = logged_steps(whole), logged_steps(folder)  # nothing lost, and nothing twice
-    for tag in steps:  # but what a deployment logged that the kill came before the checkpoint of
-        twice_or_once = set if max(steps[tag]) <= 10 else list
-        assert twice_or_once(steps[tag]) == twice_or_once(again[tag])
-    assert steps.keys() == again.keys()
+    assert logged_steps(whole) == logged_steps(folder)  # nothing twice, nothing lost
     states = [torch.load(f / "checkpoint.pt", weights_only=True) for f in (whole, folder)]
     for state in states:
         del state["args"]
