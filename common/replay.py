@@ -156,6 +156,20 @@ class Replay:
         keys = torch.rand(self.num_groups, self.deployment_steps, device=self.device)
         return keys.topk(num_samples, dim=1).indices + self.latest_start
 
+    def latest(self) -> torch.Tensor:
+        """(G, M) indices of the whole of D^k, in order. Waits for the host, as the next does."""
+        end = self.num_offline + int(self.num_online)
+        return torch.arange(end, device=self.device)[-self.deployment_steps :].expand(
+            self.num_groups, -1
+        )
+
+    def sample_of_all(self, most: int) -> torch.Tensor:
+        """(G, n) indices of all of B^k, or of `most` draws where it has more."""
+        end = self.num_offline + int(self.num_online)
+        if most < end:
+            return self.draw_merged(most)
+        return torch.arange(end, device=self.device).expand(self.num_groups, -1)
+
     @property
     def latest_start(self) -> torch.Tensor:
         """Index of the first transition of D^k."""

@@ -1,8 +1,6 @@
-"""A run: its command line, folder, TensorBoard, returns.csv, checkpoints, progress and closing
-table."""
+"""A run's folder: TensorBoard, returns.csv, checkpoints; its progress and closing table."""
 
 import csv
-import ctypes
 import dataclasses
 import io
 import json
@@ -15,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -26,199 +23,13 @@ from common.envs import normalized_score, win_rate
 LOG_EVERY = 500  # updates between two rows of losses
 
 
-# --- Command line ---
+def __getattr__(name):  # PROTOTYPE: old names, for the tests and benchmarks that use them
+    from common import cli, device
 
-
-def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None:
-    """Parse the command line into `args_type` and call `main(args)`; InputError becomes its message
-    and exit status 2, Ctrl-C status 130. `parser`: `tyro.cli` for other commands than the
-    scripts."""
-    try:
-        main((parser or parse)(args_type, description=sys.modules[main.__module__].__doc__))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # before training, which saves and says how to go on
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-def parse(args_type: type, argv: list[str] | None = None, description: str | None = None):
-    """The arguments of `argv`; with --resume, those of the resumed run, from which no other flag
-    may differ.
-
-    Raises:
-        InputError: a count out of range, or a flag that differs from the resumed run's.
-    """
-    args = tyro.cli(args_type, args=argv, description=description)
-    if args.resume is not None:
-        stored = read_args(args.resume)
-        try:
-            stored = dataclasses.replace(args_type(**stored), resume=args.resume)
-        except TypeError:
-            script = read_record(args.resume).get("script", "another script")
-            raise InputError(f"{args.resume} is a run of {script}, not of this script") from None
-        asked = tyro.cli(args_type, args=argv, default=stored)
-        for field in dataclasses.fields(args_type):
-            was, now = getattr(stored, field.name), getattr(asked, field.name)
-            if was != now:
-                flag = "--" + field.name.replace("_", "-")
-                raise InputError(
-                    f"--resume continues a run as it was: {flag} is {was} there, not {now}"
-                )
-        args = stored
-    check(args)
-    return args
-
-
-def check(args) -> None:
-    """Refuse counts and coefficients out of range.
-
-    Raises:
-        InputError: names the flag, its value and what it may be.
-    """
-    may_be_0 = {"seed", "offline_updates", "deployments", "clone_updates", "env_workers"}
-    above_0 = {"temperature", "target_temperature", "weight_max", "kl_limit", "policy_std"}
-    above_0 |= {"penalty_noise", "value_unit", "reward_scale"}
-    at_most_1 = {
-        "gamma",
-        "tau",
-        "epsilon",
-        "soft_min",
-        "gae_lambda",
-        "policy_std",
-        "omar_coefficient",
-    }
-    for field in dataclasses.fields(args):
-        name, value = field.name, getattr(args, field.name)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            continue
-        least = 1 if isinstance(value, int) and name not in may_be_0 else 0
-        most = 1 if name in at_most_1 else 2**63 - 1
-        expected = "more than 0" if name in above_0 else f"at least {least}"
-        expected += f" and at most {most}" if most == 1 or value > most else ""
-        too_small = value < least or (value == 0 and name in above_0)
-        if too_small or not value <= most:  # nan is not either
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} is {value}; it must be {expected}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device is available; use --device cpu or auto")
-    if not args.replacement and args.batch_size > args.candidates:
-        raise InputError(
-            f"--no-replacement draws --batch-size {args.batch_size} different transitions out of "
-            f"--candidates {args.candidates}: it needs at least as many candidates"
-        )
-    if args.deployments and getattr(args, "improve_every", 0) > args.finetune_updates:
-        raise InputError(
-            f"--improve-every {args.improve_every}: with --finetune-updates "
-            f"{args.finetune_updates} the policy would not improve in any deployment"
-        )
-    if args.offline_checkpoint is None and hasattr(args, "improve_every"):
-        first = args.clone_updates + args.improve_every
-        if args.offline_updates < first:
-            raise InputError(
-                f"--offline-updates {args.offline_updates}: with --clone-updates "
-                f"{args.clone_updates} and --improve-every {args.improve_every} the policy would "
-                f"only be cloned; at least {first}"
-            )
-    if args.exclude_self_matches and args.references < 2:
-        raise InputError(
-            f"--exclude-self-matches needs --references 2 or more, not {args.references}"
-        )
-
-
-def deployment_steps(args, dataset_size: int) -> int:
-    """M, the environment steps of one deployment: --deployment-steps or 1 % of the offline data.
-
-    Raises:
-        InputError: OTC needs more different references than one deployment collects.
-    """
-    steps = args.deployment_steps or max(1, dataset_size // 100)
-    if args.deployments and args.sampling == "otc" and args.references > steps:
-        raise InputError(
-            f"--references {args.references}: one deployment collects only {steps} transitions "
-            f"(1 % of the offline data unless set); lower --references or raise --deployment-steps"
-        )
-    return steps
-
-
-def pick_device(args) -> torch.device:
-    """--device as torch understands it; `auto` is CUDA where there is one. On a CPU the process
-    keeps the memory that it frees and takes the faster matrix products."""
-    has_cuda = torch.cuda.is_available()
-    name = args.device if args.device != "auto" else "cuda" if has_cuda else "cpu"
-    if name == "cpu":
-        keep_freed_memory()
-        multiply_by_onednn()
-    return torch.device(name)
-
-
-def keep_freed_memory() -> None:
-    """Keep it for reuse, with glibc: otherwise every tensor of more than 32 MiB is mapped and its
-    pages are cleared anew at each update."""
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def multiply_by_onednn() -> None:
-    """Matrix products by oneDNN in place of MKL, on AMD's processors with AVX-512, which MKL leaves
-    unused there: those of a million multiplications take half the time, very small ones longer.
-
-    torch asks oneDNN for float32 only where it may round to bfloat16, so it may; and oneDNN is kept
-    to instructions that cannot. Nothing is rounded.
-    """
-    cpu = Path("/proc/cpuinfo")
-    is_amd = cpu.exists() and "AuthenticAMD" in cpu.read_text()
-    if is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # read at oneDNN's first product
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-
-
-# --- One captured update ---
-
-
-class Graphed:
-    """Calls a function once per update: as it is, or as a captured CUDA graph.
-
-    The function must read and write tensors that stay where they are and never wait for the host.
-    Its first calls run eagerly on a side stream, as capture demands; they are calls like any other,
-    so nothing has to be undone.
-
-    Args:
-        function: called without arguments, or with the update's kind.
-        enabled: capture it.
-        kind_of: for updates of several kinds, such as those of a delayed actor: from the update's
-            number to its kind. Each kind has its own graph.
-    """
-
-    def __init__(self, function: Callable, enabled: bool, kind_of: Callable | None = None):
-        self.function, self.kind_of = function, kind_of
-        self.warm_ups_left, self.graphs, self.outputs = {}, {}, {}
-        self.stream = torch.cuda.Stream() if enabled else None
-
-    def __call__(self, number: int):
-        """Make update `number` and return what the function returned."""
-        kind = () if self.kind_of is None else (self.kind_of(number),)
-        if self.stream is None:
-            return self.function(*kind)
-        left = self.warm_ups_left.get(kind, 3)
-        if left > 0:
-            self.warm_ups_left[kind] = left - 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                output = self.function(*kind)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return output
-        if kind not in self.graphs:
-            self.graphs[kind] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[kind]):
-                self.outputs[kind] = self.function(*kind)
-        self.graphs[kind].replay()
-        return self.outputs[kind]
+    for module in (cli, device):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise AttributeError(name)
 
 
 # --- Files ---
@@ -300,20 +111,7 @@ def read_offline_checkpoint(args, script: str) -> dict:
         InputError: unreadable, of another script, or trained with other arguments.
     """
     checkpoint = read_checkpoint(args.offline_checkpoint, "offline.pt", script)
-    for name in (
-        "env",
-        "dataset",
-        "dataset_size",
-        "split",
-        "seed",
-        "num_seeds",
-        "hidden_size",
-        "num_models",
-        "critic",
-        "embedding_dim",
-        "reward_scale",
-        "value_unit",
-    ):
+    for name in args.SAME_POLICY:
         was, now = checkpoint["args"].get(name), getattr(args, name, None)
         if was != now:
             flag = "--" + name.replace("_", "-")

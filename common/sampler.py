@@ -200,6 +200,7 @@ def effective_sample_size(alpha: torch.Tensor, num_candidates: int) -> torch.Ten
     return 1 / rank_probabilities(alpha, num_candidates).square().sum(dim=1)
 
 
+# PROTOTYPE: scripts that are not converted take it from here
 class Priorities:
     """Draws in proportion to one priority per transition: a sum tree of two levels, for Balanced
     Replay.

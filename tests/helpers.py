@@ -149,17 +149,10 @@ def make(script, G, device="cpu", **options):
     with torch.device(device):
         agent = getattr(module, SCRIPTS[script][0])(G, OBS_DIM, ACTION_DIM, args)
     kind_of = None
-    if script == "otc_td3bc":
+    if hasattr(agent, "kind"):
 
         def kind_of(number):
-            return number % args.policy_delay == 0
-
-    if script == "otc_bremen":
-
-        def kind_of(number):
-            if number <= args.clone_updates:
-                return "clone"
-            return "fit" if number % args.improve_every else "improve"
+            return agent.kind(number, offline=True)
 
     return agent, kind_of
 

@@ -1,12 +1,12 @@
 """Sequential exploration: one agent at a time, for exactly M steps, and never when evaluated."""
 
 import csv
-import importlib
 
 import numpy as np
 import pytest
 import torch
 
+from common import loop
 from tests.helpers import ACTION_DIM, OBS_DIM, every_script, make
 from tests.test_scripts import data, only, run, scalars, tiny  # noqa: F401
 from tests.tiny_task import ENV
@@ -46,9 +46,8 @@ class Marking:
 @pytest.mark.parametrize("steps", [30, 31, 2])
 @pytest.mark.parametrize("exploration", ["none", "sequential"])
 def test_one_agent_at_a_time_explores_for_its_share_of_exactly_m_steps(exploration, steps):
-    module = importlib.import_module("otc_td3bc")  # the others' `deploy` is the same
     envs = Counting(num_envs=2)
-    found, returns = module.deploy(envs, Marking(), steps, 0, torch.device("cpu"), exploration)
+    found, returns = loop.deploy(envs, Marking(), steps, 0, torch.device("cpu"), exploration)
     seen = np.stack(envs.seen)  # (steps, S, N)
     assert len(seen) == steps and (found["actions"][..., 0].swapaxes(0, 1) == seen).all()
     assert returns == [[7.0] * len(range(0, max(1, steps - 6), 7)) if steps > 6 else []] * 2

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import runs, sampler
+from common import runs, strategies
 from common.replay import Replay
 from tests.helpers import (
     OBS_DIM,
@@ -179,7 +179,8 @@ def prepared(script, strategy, device="cpu", **flags):
     replay = Replay(random_team(), 2, 2, 40, device)
     agent, kind_of = make(script, 4, device, **options)
     with torch.device(device):
-        transitions = importlib.import_module(script).TransitionSampler(replay, agent.args)
+        otc = importlib.import_module(script).OTC
+        transitions = strategies.make(replay, agent.args, otc)
     if hasattr(agent, "measure_scales"):
         agent.measure_scales(replay)
     add_deployment(replay)
@@ -210,7 +211,7 @@ def addresses(*holders):
                 look(f"{name}.{key}", value)
         elif isinstance(thing, torch.optim.Optimizer):
             look(f"{name}.state", list(thing.state.values()))
-        elif isinstance(thing, sampler.Priorities | Replay):
+        elif isinstance(thing, strategies.Priorities | Replay):
             look(name, vars(thing))
         elif isinstance(thing, dict):
             for key, value in thing.items():

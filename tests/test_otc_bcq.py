@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from common import strategies
 from common.replay import Replay
-from otc_bcq import BCQ, Args, TransitionSampler
+from otc_bcq import BCQ, OTC, Args
 from tests.helpers import (
     ACTION_DIM,
     OBS_DIM,
@@ -14,6 +15,11 @@ from tests.helpers import (
     random_batch,
     random_team,
 )
+
+
+def strategy_of(replay, args):
+    return strategies.make(replay, args, OTC)
+
 
 # --- The learner ---
 
@@ -113,7 +119,7 @@ def test_transition_distance_equals_its_definition(distance):
     replay = Replay(random_team(), 2, 2, 40)
     agent = BCQ(4, OBS_DIM, ACTION_DIM, args)
     agent.value = lambda obs: obs.sum(2) + 2.0  # known, and without noise
-    transitions = TransitionSampler(replay, args)
+    transitions = strategy_of(replay, args)
     for k in (1, 2):
         add_deployment(replay, seed=k)
         replay.terminations[0, 600:] = (torch.rand(160) < 0.3).float()
@@ -157,7 +163,7 @@ def test_a_failed_deployment_does_not_make_low_values_rank_first():
     replay.next_obs[0, :, 0] = replay.obs[0, :, 0]
     agent.q_value = lambda obs, actions: obs[..., 0]
     agent.value = lambda obs: obs[..., 0]
-    transitions = TransitionSampler(replay, args)
+    transitions = strategy_of(replay, args)
     drawn = [replay.gather(transitions.draw(agent))["next_obs"][..., 0] for _ in range(20)]
     usual = replay.gather(replay.draw_merged(5000))["next_obs"][..., 0].mean()
     assert abs(torch.cat(drawn, 1).mean() - usual) < 8  # 24 with a mean over all of D
@@ -177,7 +183,7 @@ def test_ends_are_drawn_as_often_as_chance_would(value_of_ends):
     agent = BCQ(2, OBS_DIM, ACTION_DIM, args)
     agent.q_value = lambda obs, actions: obs[..., 0]
     agent.value = lambda obs: obs[..., 0]
-    transitions = TransitionSampler(replay, args)
+    transitions = strategy_of(replay, args)
     drawn = [replay.gather(transitions.draw(agent))["terminations"] for _ in range(300)]
     assert abs(torch.cat(drawn).mean() - replay.terminations.mean()) < 0.02
 
@@ -199,7 +205,7 @@ def test_a_match_that_ends_its_episode_does_not_rank_its_candidate():
         agent = BCQ(2, OBS_DIM, ACTION_DIM, args)
         agent.q_value = lambda obs, actions: obs[..., 0]
         agent.value = lambda obs: obs[..., 0]
-        transitions = TransitionSampler(replay, args)
+        transitions = strategy_of(replay, args)
         drawn = [replay.gather(transitions.draw(agent))["obs"][..., 0] for _ in range(300)]
         assert abs(torch.cat(drawn).mean() - 0.5) < 0.03
 
@@ -211,7 +217,7 @@ def test_self_matches_have_distance_zero_unless_excluded():
     latest = replay.draw_latest(40)
     for exclude in (False, True):
         args = Args(distance="embedding", exclude_self_matches=exclude)
-        transitions = TransitionSampler(replay, args)
+        transitions = strategy_of(replay, args)
         transitions.start_deployment(None, 1)
         distance = transitions.transition_distance(None, latest, latest)
         assert (distance > 1e-4).all() if exclude else (distance < 1e-4).all()
@@ -222,7 +228,7 @@ def test_alpha_telescopes_over_deployments():
     torch.manual_seed(0)
     replay = Replay(random_team(), 1, 4, 40)
     agent = BCQ(2, OBS_DIM, ACTION_DIM, Args())
-    transitions = TransitionSampler(replay, Args(distance_candidates=200))
+    transitions = strategy_of(replay, Args(distance_candidates=200))
     distances = []
     for k in range(1, 5):
         add_deployment(replay, seed=k)
@@ -235,7 +241,7 @@ def test_the_mean_distance_is_exact_where_all_data_enters_it():
     torch.manual_seed(0)
     replay = Replay(random_team(), 1, 1, 40)
     add_deployment(replay)
-    transitions = TransitionSampler(replay, Args(distance="embedding", distance_candidates=640))
+    transitions = strategy_of(replay, Args(distance="embedding", distance_candidates=640))
     transitions.start_deployment(None, 1)
     data = replay.gather(torch.arange(640).expand(2, -1))
     with torch.no_grad():
@@ -250,7 +256,7 @@ def test_strategies_draw_what_they_say(sampling):
     args = Args(sampling=sampling, batch_size=64, candidates=100, references=30)
     replay = Replay(random_team(), 1, 2, 40)
     agent = BCQ(2, OBS_DIM, ACTION_DIM, args)
-    transitions = TransitionSampler(replay, args)
+    transitions = strategy_of(replay, args)
     for k in (1, 2):
         add_deployment(replay, seed=k)
         transitions.start_deployment(agent, k)
@@ -278,7 +284,7 @@ def test_balanced_replay_prefers_what_looks_online():
     obs = (random.normal(size=(1, 100, 2, OBS_DIM)) + 4.0).astype(np.float32)
     actions = random.uniform(-1, 1, (1, 100, 2, ACTION_DIM)).astype(np.float32)
     replay.add(obs, actions, np.zeros((1, 100)), obs, np.zeros((1, 100), bool))
-    transitions = TransitionSampler(replay, Args(sampling="balanced"))
+    transitions = strategy_of(replay, Args(sampling="balanced"))
     transitions.start_deployment(None, 1)
     for _ in range(200):
         index = transitions.draw(None)

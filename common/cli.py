@@ -1,0 +1,202 @@
+"""The command line of every script: arguments that all have, what numbers may be, and how errors
+end."""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, get_args, get_type_hints
+
+import torch
+import tyro
+
+from common import InputError, runs
+
+
+@dataclass(frozen=True)
+class Range:
+    """What a number may be; beside its type, as in `gamma: Share = 0.99`. Without one integers are
+    at least 1 and others at least 0."""
+
+    least: float = 0
+    most: float = 2**63 - 1
+    open: bool = False
+    """more than `least`"""
+
+
+Natural = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(open=True)]
+Share = Annotated[float, Range(0, 1)]
+
+
+@dataclass
+class OfflineArgs:
+    """Of a script that learns from the offline data alone."""
+
+    env: str = "halfcheetah-medium"
+    """task and data quality; or package.module:factory of a PettingZoo ParallelEnv, together with
+    --dataset FILE"""
+    dataset: str = "built-in"
+    """built-in, d4rl, minari, a D4RL-layout HDF5 file, OMAR's folder, or a Minari id"""
+    dataset_size: int | None = None
+    """fewer offline transitions, for a quick look; default: the data's own size"""
+    split: str | None = None
+    """partition of the joints as AGENTSxJOINTS, such as 1x6 or 6x1; default: the task's own"""
+    seed: Natural = 1
+    """first seed"""
+    num_seeds: int = 1
+    """seeds `seed ... seed+num_seeds-1`, trained together and logged as separate runs"""
+    offline_updates: Natural = 100_000
+    """updates on the offline data before the first deployment"""
+    batch_size: int = 128
+    """transitions per update"""
+    eval_every: int = 10_000
+    """offline updates between two evaluations"""
+    eval_episodes: int = 10
+    """episodes of every evaluation and seed, besides those of the deployments"""
+    checkpoint_every: int = 10_000
+    """updates between two checkpoints, besides those at every deployment"""
+    env_workers: Natural | None = None
+    """processes beside this one that step the environments, the numbers stay the same; default: one
+    per further core where there are enough environments, none for those that step as one batch"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where there is one"""
+    cuda_graph: bool = True
+    """on CUDA, capture the whole update in one graph"""
+    run_dir: str = "runs"
+    """folder of the run folders"""
+    resume: str | None = None
+    """run folder to continue, with the arguments it was started with"""
+
+    # In what --offline-checkpoint's run must agree; a script may have more
+    SAME_POLICY: ClassVar = (
+        *("env", "dataset", "dataset_size", "split", "seed", "num_seeds"),
+        *("hidden_size", "embedding_dim"),
+    )
+    # None of these; `OnlineArgs` has them
+    deployments: ClassVar[int] = 0
+    exploration: ClassVar[str] = "none"
+    offline_checkpoint: ClassVar[None] = None
+
+
+@dataclass
+class OnlineArgs(OfflineArgs):
+    """Of a script whose policies are deployed and fine-tuned."""
+
+    deployments: Natural = 10
+    """K, the number of deployments"""
+    deployment_steps: int | None = None
+    """M, environment steps per deployment and seed; default: 1 % of the offline data"""
+    exploration: Literal["none", "sequential"] = "none"
+    """deployed agents only exploit, or each in turn explores for an equal share of the M steps; the
+    evaluations never explore"""
+    offline_checkpoint: str | None = None
+    """run folder whose offline policy to start the deployments from, instead of training one; its
+    own number of offline updates counts, not this one's"""
+
+
+def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None:
+    """Parse the command line into `args_type` and call `main(args)`; InputError becomes its message
+    and exit status 2, Ctrl-C status 130. `parser`: `tyro.cli` for other commands than the
+    scripts."""
+    try:
+        main((parser or parse)(args_type, description=sys.modules[main.__module__].__doc__))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:  # before training, which saves and says how to go on
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(args_type: type, argv: list[str] | None = None, description: str | None = None):
+    """The arguments of `argv`; with --resume, those of the resumed run, from which no other flag
+    may differ.
+
+    Raises:
+        InputError: a count out of range, or a flag that differs from the resumed run's.
+    """
+    args = tyro.cli(args_type, args=argv, description=description)
+    if args.resume is not None:
+        stored = runs.read_args(args.resume)
+        try:
+            stored = dataclasses.replace(args_type(**stored), resume=args.resume)
+        except TypeError:
+            script = runs.read_record(args.resume).get("script", "another script")
+            raise InputError(f"{args.resume} is a run of {script}, not of this script") from None
+        asked = tyro.cli(args_type, args=argv, default=stored)
+        for field in dataclasses.fields(args_type):
+            was, now = getattr(stored, field.name), getattr(asked, field.name)
+            if was != now:
+                raise InputError(
+                    f"--resume continues a run as it was: {flag(field.name)} is {was} there, not "
+                    f"{now}"
+                )
+        args = stored
+    check(args)
+    return args
+
+
+def flag(name: str) -> str:
+    """The flag of an argument."""
+    return "--" + name.replace("_", "-")
+
+
+def range_of(hint) -> Range | None:
+    """The range in a type, also of `Positive | None`."""
+    for each in (hint, *get_args(hint)):
+        for mark in getattr(each, "__metadata__", ()):
+            if isinstance(mark, Range):
+                return mark
+    return None
+
+
+def check(args) -> None:
+    """Refuse what is out of range, or what two arguments forbid together; a script's own rules are
+    in `Args.check`.
+
+    Raises:
+        InputError: names the flag, its value and what it may be.
+    """
+    hints = get_type_hints(type(args), include_extras=True)
+    for field in dataclasses.fields(args):
+        name, value = field.name, getattr(args, field.name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        may_be = range_of(hints[name]) or Range(1 if isinstance(value, int) else 0)
+        expected = "more than 0" if may_be.open else f"at least {may_be.least}"
+        limited = may_be.most <= 1 or value > may_be.most
+        expected += f" and at most {may_be.most}" if limited else ""
+        too_small = value < may_be.least or (value == may_be.least and may_be.open)
+        if too_small or not value <= may_be.most:  # nan is not either
+            raise InputError(f"{flag(name)} is {value}; it must be {expected}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device is available; use --device cpu or auto")
+    if not getattr(args, "replacement", True) and args.batch_size > args.candidates:
+        raise InputError(
+            f"--no-replacement draws --batch-size {args.batch_size} different transitions out of "
+            f"--candidates {args.candidates}: it needs at least as many candidates"
+        )
+    if getattr(args, "exclude_self_matches", False) and args.references < 2:
+        raise InputError(
+            f"--exclude-self-matches needs --references 2 or more, not {args.references}"
+        )
+    if hasattr(args, "check"):
+        args.check()
+
+
+def deployment_steps(args, dataset_size: int) -> int:
+    """M, the environment steps of one deployment: --deployment-steps or 1 % of the offline data.
+
+    Raises:
+        InputError: OTC needs more different references than one deployment collects.
+    """
+    if not args.deployments:
+        return 1
+    steps = args.deployment_steps or max(1, dataset_size // 100)
+    if args.sampling == "otc" and args.references > steps:
+        raise InputError(
+            f"--references {args.references}: one deployment collects only {steps} transitions "
+            f"(1 % of the offline data unless set); lower --references or raise --deployment-steps"
+        )
+    return steps

@@ -1,0 +1,84 @@
+"""The device: which one, what a CPU needs to be fast, and one update as a CUDA graph."""
+
+import ctypes
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def pick_device(args) -> torch.device:
+    """--device as torch understands it; `auto` is CUDA where there is one. On a CPU the process
+    keeps the memory that it frees and takes the faster matrix products."""
+    has_cuda = torch.cuda.is_available()
+    name = args.device if args.device != "auto" else "cuda" if has_cuda else "cpu"
+    if name == "cpu":
+        keep_freed_memory()
+        multiply_by_onednn()
+    return torch.device(name)
+
+
+def keep_freed_memory() -> None:
+    """Keep it for reuse, with glibc: otherwise every tensor of more than 32 MiB is mapped and its
+    pages are cleared anew at each update."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(-4, 0)  # M_MMAP_MAX: no mappings of their own
+    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def multiply_by_onednn() -> None:
+    """Matrix products by oneDNN in place of MKL, on AMD's processors with AVX-512, which MKL leaves
+    unused there: those of a million multiplications take half the time, very small ones longer.
+
+    torch asks oneDNN for float32 only where it may round to bfloat16, so it may; and oneDNN is kept
+    to instructions that cannot. Nothing is rounded.
+    """
+    cpu = Path("/proc/cpuinfo")
+    is_amd = cpu.exists() and "AuthenticAMD" in cpu.read_text()
+    if is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # read at oneDNN's first product
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+class Graphed:
+    """Calls a function once per update: as it is, or as a captured CUDA graph.
+
+    The function must read and write tensors that stay where they are and never wait for the host.
+    Its first calls run eagerly on a side stream, as capture demands; they are calls like any other,
+    so nothing has to be undone.
+
+    Args:
+        function: called without arguments, or with the update's kind.
+        enabled: capture it.
+        kind_of: for updates of several kinds, such as those of a delayed actor: from the update's
+            number to its kind. Each kind has its own graph.
+    """
+
+    def __init__(self, function: Callable, enabled: bool, kind_of: Callable | None = None):
+        self.function, self.kind_of = function, kind_of
+        self.warm_ups_left, self.graphs, self.outputs = {}, {}, {}
+        self.stream = torch.cuda.Stream() if enabled else None
+
+    def __call__(self, number: int):
+        """Make update `number` and return what the function returned."""
+        kind = () if self.kind_of is None else (self.kind_of(number),)
+        if self.stream is None:
+            return self.function(*kind)
+        left = self.warm_ups_left.get(kind, 3)
+        if left > 0:
+            self.warm_ups_left[kind] = left - 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                output = self.function(*kind)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return output
+        if kind not in self.graphs:
+            self.graphs[kind] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[kind]):
+                self.outputs[kind] = self.function(*kind)
+        self.graphs[kind].replay()
+        return self.outputs[kind]

@@ -1,0 +1,236 @@
+"""What the lines of Algorithm 1 in a script's `main` call: train, deploy, evaluate, go on after an
+interruption."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from common import cli, datasets, runs
+from common.device import Graphed, pick_device
+from common.envs import make_vec
+from common.replay import Replay
+from common.strategies import Strategy
+
+
+class Training:
+    """A run of G learners: its data, environments and folder, and how far it has come.
+
+    Args:
+        args: the script's.
+        script: its `__file__`.
+        discrete: the kind of actions that its learner is for.
+
+    `replay` holds B^0, each agent with its own actions only; `sizes` are G, obs_dim and action_dim.
+    """
+
+    def __init__(self, args, script: str, discrete: bool = False):
+        self.args, self.script = args, Path(script).stem
+        self.device, self.checkpoint = pick_device(args), None
+        if args.resume is not None:
+            self.checkpoint = runs.read_checkpoint(args.resume, "checkpoint.pt", self.script)
+        elif args.offline_checkpoint is not None:
+            self.checkpoint = runs.read_offline_checkpoint(args, self.script)
+        dataset = datasets.load(args.env, args.dataset, args.dataset_size, args.split, discrete)
+        print(dataset.source)
+        S, task = args.num_seeds, datasets.parse_env(args.env)[0]
+        self.num_steps = cli.deployment_steps(args, len(dataset.rewards))  # M
+        self.envs, self.eval_envs = (
+            make_vec(task, num_envs, args.seed, args.split, args.env_workers)
+            for num_envs in (S, args.eval_episodes * S)
+        )
+        self.shape = S, self.envs.num_agents
+        self.sizes = S * self.envs.num_agents, self.envs.obs_dim, self.envs.action_dim
+        torch.manual_seed(args.seed)
+        self.replay = Replay(dataset, S, args.deployments, self.num_steps, self.device)
+        self.phase, self.done = 0, 0  # deployment k, 0 for the offline phase; its updates so far
+        self.captured = None
+
+    def begin(self, agent: nn.Module, strategy: Strategy | None = None) -> None:
+        """Where the checkpoint says, or afresh; makes the run's folder."""
+        strategy = strategy or Strategy(self.replay, self.args)
+        self.agent, self.strategy, checkpoint = agent, strategy, self.checkpoint
+        if checkpoint is not None:
+            resumes = self.args.resume is not None
+            agent.load_state_dict(checkpoint["agent"])
+            strategy.load_state_dict(checkpoint["sampler"], strict=resumes)
+            if resumes:
+                self.replay.load_state_dict(checkpoint["replay"])
+            self.phase, self.done = checkpoint["progress"]
+            runs.set_rng_state(checkpoint["rng"], self.device)
+        self.run = runs.Run(self.args, self.script, checkpoint if self.args.resume else None)
+        self.checkpoint = None
+
+    def save(self, name: str = "checkpoint.pt") -> None:
+        """All that a resumed run goes on with."""
+        state = {
+            "agent": self.agent.state_dict(),
+            "sampler": self.strategy.state_dict(),
+            "replay": self.replay.state_dict(),
+            "progress": (self.phase, self.done),
+            "rng": runs.get_rng_state(self.device),
+        }
+        self.run.save(state, name)
+
+    # Training
+
+    def train_offline(self, update: Callable) -> None:
+        """The offline phase, or what is left of it."""
+        if self.phase == 0 and self.args.offline_checkpoint is None:
+            self._train(update, "offline", self.args.offline_updates)
+            self.save("offline.pt")
+
+    def finetune(self, update: Callable) -> None:
+        """The updates after deployment k, or what is left of them."""
+        self._train(update, f"fine-tuning {self.phase}", self.args.finetune_updates)
+
+    def _train(self, update: Callable, name: str, stop: int) -> None:
+        """Logged, checkpointed and open to interruption; on CUDA an update is a captured graph."""
+        args, run, agent, replay = self.args, self.run, self.agent, self.replay
+        offline = self.phase == 0
+        if self.captured is None or self.captured.function is not update:
+            kind = getattr(agent, "kind", None)
+            kind_of = None if kind is None else lambda number: kind(number, offline)
+            graph = args.cuda_graph and self.device.type == "cuda"
+            self.captured = Graphed(update, graph, kind_of)
+        before = runs.updates_before(args, self.phase)
+        for number in run.updates(name, self.done, stop, before):
+            losses, self.done = self.captured(number), number
+            if number % runs.LOG_EVERY == 0:
+                run.log_losses(losses, before + number)
+                if hasattr(agent, "value"):
+                    obs = replay.gather(replay.draw_offline(args.batch_size))["obs"]
+                    value = agent.value(obs).mean(1).view(self.shape)
+                    run.log({"otc/value_mean": value}, before + number)
+            if offline and number % args.eval_every == 0:
+                run.record_offline(number, self.evaluate(0))
+            if number % args.checkpoint_every == 0:
+                self.save()
+            run.stop_if_asked(self.save)
+
+    def evaluate(self, k: int) -> list[list[float]]:
+        """Returns of --eval-episodes episodes per seed, whose starts depend on k alone."""
+        seed = self.args.seed, k
+        return evaluate(self.eval_envs, self.agent, self.args.num_seeds, seed, self.device)
+
+    # Deployments
+
+    def deployments(self) -> Iterator[int]:
+        """1 ... K; of a resumed run, those not finished yet."""
+        yield from range(max(1, self.phase), self.args.deployments + 1)
+
+    def is_new(self, k: int) -> bool:
+        """Not a deployment that a resumed run had made already."""
+        return k > self.phase
+
+    def deploy(self, k: int) -> dict[str, np.ndarray]:
+        """Run pi^{k-1} for M steps; record its return, by these episodes. D^k, for `Replay.add`."""
+        args, S = self.args, self.args.num_seeds
+        self.set_deployment(k)
+        start, seed = time.perf_counter(), (args.seed, k)
+        data, returns = deploy(
+            self.envs, self.agent, self.num_steps, seed, self.device, args.exploration
+        )
+        self.steps_per_second = S * self.num_steps / (time.perf_counter() - start)
+        exploring = None
+        if args.exploration != "none":  # those episodes do not judge the policy
+            exploring, returns = returns, [[]]
+        if not all(returns):  # too short for one whole episode
+            returns = self.evaluate(k)
+        self.record_return(k - 1, returns, exploring)
+        return data
+
+    def enter(self, k: int, measured: dict[str, torch.Tensor]) -> None:
+        """From here a resumed run goes on; logs what the strategy measured, (G,) each."""
+        speed = torch.full((self.args.num_seeds,), self.steps_per_second)
+        self.run.log({"time/env_steps_per_second": speed}, k)
+        self.run.log({tag: value.view(self.shape) for tag, value in measured.items()}, k)
+        self.phase, self.done = k, 0
+        self.save()
+
+    def finish(self) -> None:
+        """The return of pi^K, and the closing table."""
+        K = self.args.deployments
+        self.save()
+        self.set_deployment(K + 1)
+        self.record_return(K, self.evaluate(K + 1))
+        self.run.finish()
+
+    def set_deployment(self, k: int) -> None:
+        """Say to the tasks that change between deployments which it is."""
+        for envs in (self.envs, self.eval_envs):
+            envs.set_deployment(k, self.args.deployments)
+
+    def record_return(self, k: int, returns, exploring=None) -> None:
+        """The return of pi^k."""
+        alpha = self.strategy.alpha.view(self.shape)
+        self.run.record_return(k, k * self.num_steps, returns, alpha, exploring)
+
+
+def act(
+    agent: nn.Module, obs: np.ndarray, num_seeds: int, device: torch.device, explorer: int = -1
+):
+    """Actions of every seed's team, E environments per seed: (S * E, N, obs_dim) -> (S * E, N,
+    action_dim) array. Agent number `explorer` explores; -1: none does."""
+    by_group = torch.as_tensor(obs).unflatten(0, (num_seeds, -1)).transpose(1, 2).flatten(0, 1)
+    by_group, N = by_group.to(device), obs.shape[1]
+    actions = agent.act(by_group)  # (G, E, action_dim)
+    if explorer >= 0:
+        actions[explorer::N] = agent.explore(by_group)[explorer::N]
+    by_env = actions.unflatten(0, (num_seeds, -1)).transpose(1, 2).flatten(0, 1)
+    return by_env.cpu().numpy()
+
+
+def deploy(
+    envs, agent: nn.Module, steps: int, seed, device: torch.device, exploration: str = "none"
+):
+    """Run pi^{k-1} for M steps, one environment per seed; with sequential exploration agent i
+    explores during the i-th of N equal shares of them, section 4.6.
+
+    Returns the arguments of `Replay.add`, and each seed's returns of the episodes that began early
+    enough to end within the M steps whatever their length, so that short episodes are not
+    over-represented.
+    """
+    S, N = envs.num_envs, envs.num_agents
+    obs = envs.reset(seed=seed)
+    data = {
+        "obs": np.empty((S, steps, N, envs.obs_dim), np.float32),
+        "actions": np.empty((S, steps, N, envs.action_dim), np.float32),
+        "rewards": np.empty((S, steps), np.float32),
+        "next_obs": np.empty((S, steps, N, envs.obs_dim), np.float32),
+        "terminations": np.empty((S, steps), bool),
+        "explorer": np.empty((S, steps), np.int8),
+    }
+    returns, episode_return, begun = [[] for _ in range(S)], np.zeros(S), np.zeros(S, int)
+    latest_begin = max(0, steps - envs.max_episode_steps)
+    for t in range(steps):
+        explorer = t * N // steps if exploration == "sequential" else -1
+        actions = act(agent, obs, S, device, explorer)
+        next_obs, rewards, terminations, truncations, final_obs = envs.step(envs.to_box(actions))
+        step_data = (obs, actions, rewards, final_obs, terminations, explorer)
+        for array, value in zip(data.values(), step_data, strict=True):
+            array[:, t] = value
+        obs = next_obs
+        episode_return += rewards
+        for s in np.flatnonzero(terminations | truncations):
+            if begun[s] <= latest_begin:
+                returns[s].append(float(episode_return[s]))
+            episode_return[s], begun[s] = 0.0, t + 1
+    return data, returns
+
+
+def evaluate(
+    envs, agent: nn.Module, num_seeds: int, seed, device: torch.device
+) -> list[list[float]]:
+    """Returns of the first episode in every environment, per seed."""
+    obs = envs.reset(seed=seed)
+    returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    while running.any():
+        actions = act(agent, obs, num_seeds, device)
+        obs, rewards, terminations, truncations, _ = envs.step(envs.to_box(actions))
+        returns += rewards * running
+        running &= ~(terminations | truncations)
+    return returns.reshape(num_seeds, -1).tolist()

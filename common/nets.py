@@ -1,0 +1,112 @@
+"""G networks in one, their optimisers, and what every learner is built on.
+
+Every tensor starts with the group dimension G: g = seed_index * num_agents + agent. Losses are
+averaged over the batch and summed over G, so that each group learns as it would alone.
+"""
+
+import torch
+import torch.nn as nn
+
+
+class Linear(nn.Module):
+    """G independent linear layers: (G, batch, in) -> (G, batch, out)."""
+
+    def __init__(self, num_groups: int, in_features: int, out_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_groups, in_features, out_features))
+        self.bias = nn.Parameter(torch.empty(num_groups, 1, out_features))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = self.weight.shape[1] ** -0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        nn.init.uniform_(self.bias, -bound, bound)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight.shape[2] == 1 and not x.is_cuda:  # faster on a CPU
+            return (x * self.weight.mT).sum(2, keepdim=True) + self.bias
+        return torch.bmm(x, self.weight).add_(self.bias)
+
+
+def mlp(num_groups: int, in_features: int, hidden_size: int, out_features: int) -> nn.Sequential:
+    """Two hidden layers with ReLU."""
+    return nn.Sequential(
+        Linear(num_groups, in_features, hidden_size),
+        nn.ReLU(inplace=True),
+        Linear(num_groups, hidden_size, hidden_size),
+        nn.ReLU(inplace=True),
+        Linear(num_groups, hidden_size, out_features),
+    )
+
+
+def kl_divergence(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
+    """KL of N(mean, std) from N(0, 1), averaged over batch and latent dimensions: (G, batch,
+    latent) -> (G,)."""
+    return -0.5 * (1 + 2 * log_std - mean.square() - (2 * log_std).exp()).mean((1, 2))
+
+
+class Learner(nn.Module):
+    """What a run needs of an algorithm; a script's learner also has
+
+    - `update(batch) -> losses (G,)`, without `.item()` and tensors on the host: one CUDA graph,
+    - `act(obs)` and `explore(obs)`: (G, E, obs_dim) -> (G, E, action_dim) in [-1, 1],
+    - `q_value(obs, actions)` and `value(obs)`: (G, batch), for OTC's value distance,
+    - `optimizers`, a list, and,
+    - where updates are of several kinds, such as those of a delayed actor, `kind(number, offline)`,
+      which is handed to the update as its argument.
+    """
+
+    def __init__(self, obs_dim: int):
+        super().__init__()
+        # Scales of the offline observations, kept with the weights, applied to online ones as well
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+
+    def measure_scales(self, replay) -> None:
+        """Take the mean and standard deviation of the offline observations."""
+        obs_mean, obs_std = replay.obs_statistics()
+        self.obs_mean.copy_(obs_mean)
+        self.obs_std.copy_(obs_std + 1e-3)
+
+    def scaled(self, obs: torch.Tensor) -> torch.Tensor:
+        """Observations as the networks see them: (G, batch, obs_dim)."""
+        return (obs - self.obs_mean) / self.obs_std
+
+    def get_extra_state(self):
+        """The optimisers' states, so that `state_dict` holds the whole learner."""
+        return [optimizer.state_dict() for optimizer in self.optimizers]
+
+    def set_extra_state(self, state) -> None:
+        for optimizer, its_state in zip(self.optimizers, state, strict=True):
+            restore(optimizer, its_state)
+
+
+# --- Optimisers ---
+
+
+def adam(parameters, learning_rate: float) -> torch.optim.Adam:
+    """Adam in one kernel, able to be captured in a CUDA graph."""
+    parameters = list(parameters)
+    capturable = parameters[0].is_cuda
+    return torch.optim.Adam(parameters, learning_rate, fused=True, capturable=capturable)
+
+
+def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load its state but for what this run sets: the learning rate, and what capture needs."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """One step on the sum of a loss (G,), with gradients of the optimiser's own parameters only."""
+    parameters = optimizer.param_groups[0]["params"]
+    gradients = torch.autograd.grad(loss.sum(), parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+
+
+@torch.no_grad()
+def follow(target: nn.Module, live: nn.Module, tau: float) -> None:
+    """Move target parameters by a share tau towards the live ones."""
+    torch._foreach_lerp_(list(target.parameters()), list(live.parameters()), tau)

@@ -1,0 +1,193 @@
+"""Which transitions a fine-tuning update sees: what every strategy shares, and those that OTC is
+compared with. OTC's own draw is in the scripts."""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from common import sampler
+from common.nets import adam, mlp, restore, step
+from common.replay import Replay
+
+
+class Strategy(nn.Module):
+    """Draws the transitions of an update; this one uniformly over all data (--sampling uniform)."""
+
+    def __init__(self, replay: Replay, args):
+        super().__init__()
+        self.replay, self.args = replay, args
+        # OTC's degree of the correction; none here
+        alpha = torch.full((replay.num_groups,), torch.nan, device=replay.device)
+        self.register_buffer("alpha", alpha)
+
+    def update_offline(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Learn from a batch of the offline phase; losses (G,)."""
+        return {}
+
+    def start_deployment(self, agent: nn.Module, k: int) -> dict[str, torch.Tensor]:
+        """Once per deployment, after its data has been merged; what to log of it, (G,) each."""
+        return {}
+
+    def draw(self, agent: nn.Module) -> torch.Tensor:
+        """(G, batch_size) indices of the transitions of one update."""
+        return self.replay.draw_merged(self.args.batch_size)
+
+    def diagnostics(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the draw of an update amounts to; (G,) each."""
+        return {
+            "otc/unique_fraction": sampler.unique_fraction(index),
+            "otc/online_fraction": self.replay.is_online(index).float().mean(1),
+        }
+
+
+class Online(Strategy):
+    """Online data only, of all deployments."""
+
+    def draw(self, agent):
+        return self.replay.draw_online(self.args.batch_size)
+
+
+class Offline(Strategy):
+    """Offline data only: the control that further updates alone are measured by."""
+
+    def draw(self, agent):
+        return self.replay.draw_offline(self.args.batch_size)
+
+
+class DensityRatio(nn.Module):
+    """Balanced Replay's w(s, a_i), how much likelier a pair is online than offline; Lee et al.,
+    CoRL 2021."""
+
+    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int = 256):
+        super().__init__()
+        self.network = mlp(G, obs_dim + action_dim, hidden_size, 1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for layer in self.network[::2]:
+            layer.reset_parameters()
+        nn.init.ones_(self.network[-1].bias)
+
+    def forward(self, obs, actions):
+        """(G, batch) ratio, at least 0."""
+        return F.relu(self.network(torch.cat([obs, actions], dim=2))).squeeze(2)
+
+    def loss(self, offline, online):
+        """Jensen-Shannon bound on two batches; (G,)."""
+        w_offline = self(offline["obs"], offline["actions"])
+        w_online = self(online["obs"], online["actions"])
+        offline_term = -torch.log(2 / (w_offline + 1) + 1e-10).mean(1)
+        return offline_term - torch.log(2 * w_online / (w_online + 1) + 1e-10).mean(1)
+
+
+class Balanced(Strategy):
+    """Balanced Replay: in proportion to the density ratio, which takes one update per draw and is
+    begun anew at each deployment."""
+
+    def __init__(self, replay: Replay, args):
+        super().__init__(replay, args)
+        G, device = replay.num_groups, replay.device
+        self.density = DensityRatio(G, replay.obs.shape[2], replay.actions.shape[2])
+        self.optimizer = adam(self.density.parameters(), 3e-4)
+        self.priorities = Priorities(G, replay.num_offline + replay.capacity, device)
+
+    @torch.no_grad()
+    def start_deployment(self, agent, k):
+        self.density.reset_parameters()  # in place, where a captured graph expects them
+        for state in self.optimizer.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+        # Half of the first draws' mass is online
+        num_offline, num_online = self.replay.num_offline, int(self.replay.num_online)
+        self.priorities.fill(0, num_offline, 1.0)
+        self.priorities.fill(num_offline, num_offline + num_online, num_offline / num_online)
+        return {}
+
+    def draw(self, agent, batch_size: int = 256, temperature: float = 5.0):
+        replay, columns = self.replay, ("obs", "actions")
+        offline = replay.gather(replay.draw_offline(batch_size), columns)
+        online = replay.gather(replay.draw_online(batch_size), columns)
+        step(self.optimizer, self.density.loss(offline, online))
+        index = self.priorities.draw(self.args.batch_size)
+        batch = replay.gather(index, columns)
+        with torch.no_grad():  # refreshed where drawn
+            usual = self.density(offline["obs"], offline["actions"]).pow(1 / temperature).mean(1)
+            ratio = self.density(batch["obs"], batch["actions"]).pow(1 / temperature)
+            priority = ratio / (usual.unsqueeze(1) + 1e-10)
+            self.priorities.update(index, priority.clamp(1e-3, 1e3))
+        return index
+
+    def get_extra_state(self):
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "priorities": self.priorities.state_dict(),
+        }
+
+    def set_extra_state(self, state) -> None:
+        restore(self.optimizer, state["optimizer"])
+        self.priorities.load_state_dict(state["priorities"])
+
+
+def make(replay: Replay, args, otc: type[Strategy]) -> Strategy:
+    """The strategy of --sampling; `otc` is the script's own."""
+    others = {"uniform": Strategy, "online": Online, "offline": Offline, "balanced": Balanced}
+    return {**others, "otc": otc}[args.sampling](replay, args)
+
+
+class Priorities:
+    """Draws in proportion to one priority per transition: a sum tree of two levels, for Balanced
+    Replay.
+
+    Priorities live in blocks of `BLOCK`; a draw picks a block by the blocks' sums, then an item
+    inside it.
+    """
+
+    BLOCK = 1024
+
+    def __init__(self, num_groups: int, size: int, device: torch.device | str = "cpu"):
+        num_blocks = -(-size // self.BLOCK)
+        self.size = size
+        self.values = torch.zeros(num_groups, num_blocks, self.BLOCK, device=device)
+        self.sums = torch.zeros(num_groups, num_blocks, device=device, dtype=torch.float64)
+
+    def fill(self, start: int, stop: int, priority: float) -> None:
+        """Give the transitions start ... stop-1 of every group the same priority."""
+        self.values.flatten(1)[:, start:stop] = priority
+        self.sums.copy_(self.values.sum(dim=2, dtype=torch.float64))
+
+    def update(self, index: torch.Tensor, priority: torch.Tensor) -> None:
+        """Set the priorities (G, n) of the transitions `index` (G, n); of equal indices one
+        wins."""
+        self.values.flatten(1).scatter_(1, index, priority)
+        block = index // self.BLOCK
+        self.sums.scatter_(1, block, self._blocks(block).sum(dim=2, dtype=torch.float64))
+
+    def draw(self, num_samples: int, generator: torch.Generator | None = None) -> torch.Tensor:
+        """(G, num_samples) indices, one from each of num_samples slices of equal mass."""
+        ends = self.sums.cumsum(dim=1)
+        offset = torch.rand(
+            ends.shape[0], num_samples, generator=generator, device=ends.device, dtype=ends.dtype
+        )
+        mass = (torch.arange(num_samples, device=ends.device) + offset) / num_samples * ends[:, -1:]
+        # Rounding may leave `mass` or `rest` at the very end, where only padding follows.
+        mass = torch.minimum(mass, ends[:, -1:] * (1 - 1e-15))
+        block = torch.searchsorted(ends, mass, right=True).clamp(max=ends.shape[1] - 1)
+        inside = self._blocks(block).double().cumsum(dim=2)  # (G, num_samples, BLOCK)
+        rest = mass - (ends.gather(1, block) - self.sums.gather(1, block))
+        rest = torch.minimum(rest, inside[..., -1] * (1 - 1e-15)).clamp(min=0)
+        item = torch.searchsorted(inside, rest.unsqueeze(2), right=True).squeeze(2)
+        return (block * self.BLOCK + item).clamp(max=self.size - 1)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All priorities."""
+        return {"values": self.values, "sums": self.sums}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Put back what `state_dict` returned."""
+        self.values.copy_(state["values"])
+        self.sums.copy_(state["sums"])
+
+    def _blocks(self, block: torch.Tensor) -> torch.Tensor:
+        """(G, n) block numbers -> (G, n, BLOCK) priorities."""
+        groups = torch.arange(block.shape[0], device=block.device).unsqueeze(1)
+        return self.values[groups, block]
