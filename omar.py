@@ -139,7 +139,7 @@ COEFFICIENTS = {
 # Every tensor starts with the group dimension G: g = seed_index * num_agents + agent.
 
 
-class Critic(nn.Module):
+class UnitCritic(nn.Module):
     """Q(s, a_i), so many units as the network says."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
@@ -164,7 +164,7 @@ class DeterministicActor(nn.Module):
         return torch.tanh(self.network(obs))
 
 
-# --- Agents ---
+# --- Learner ---
 
 
 class OMAR(Learner):
@@ -201,8 +201,8 @@ class OMAR(Learner):
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         critic_sizes = (G, K * obs_dim, K * action_dim, args.hidden_size)
         self.actor, self.target_actor = DeterministicActor(*sizes), DeterministicActor(*sizes)
-        self.qf1, self.qf2 = Critic(*critic_sizes), Critic(*critic_sizes)
-        self.target_qf1, self.target_qf2 = Critic(*critic_sizes), Critic(*critic_sizes)
+        self.qf1, self.qf2 = UnitCritic(*critic_sizes), UnitCritic(*critic_sizes)
+        self.target_qf1, self.target_qf2 = UnitCritic(*critic_sizes), UnitCritic(*critic_sizes)
         self.live = nn.ModuleList([self.actor, self.qf1, self.qf2])
         self.target = nn.ModuleList([self.target_actor, self.target_qf1, self.target_qf2])
         self.target.load_state_dict(self.live.state_dict())
@@ -375,7 +375,7 @@ class OTC(Strategy):
         super().__init__(replay, args)
         self.alpha.fill_(args.alpha)
         # Mean transition distance of the deployment before, for equation (4)
-        self.register_buffer("distance", torch.full_like(self.alpha, torch.nan))
+        self.register_buffer("mean_distance", torch.full_like(self.alpha, torch.nan))
         self.embedding = Embedding(replay, args) if args.distance == "embedding" else None
 
     def update_offline(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -391,10 +391,11 @@ class OTC(Strategy):
             self.embedding.remember(latest)
         distance = self.transition_distance(agent, candidates, latest).mean(1)
         if args.adaptive_alpha and k > 1:
-            alpha = sampler.adapt_alpha(self.alpha, distance, self.distance)
+            alpha = sampler.adapt_alpha(self.alpha, distance, self.mean_distance)
             self.alpha.copy_(alpha if args.alpha_max is None else alpha.clamp(max=args.alpha_max))
-        self.distance.copy_(torch.where(sampler.usable(distance), distance, self.distance))
-        return {"otc/alpha": self.alpha, "otc/transition_distance": self.distance}
+        usable = sampler.usable(distance)
+        self.mean_distance.copy_(torch.where(usable, distance, self.mean_distance))
+        return {"otc/alpha": self.alpha, "otc/transition_distance": self.mean_distance}
 
     def draw(self, agent: Learner) -> torch.Tensor:
         """(G, batch_size) indices of the transitions of one update."""
@@ -433,7 +434,7 @@ class OTC(Strategy):
         is_end = (end > 0) | (end_star > 0)
         v_next = sampler.relative_to_mean(v_next, is_end)
         v_next_star = sampler.relative_to_mean(v_next_star, is_end)
-        return sampler.leave_unranked((v_next - v_next_star).abs(), is_end)
+        return sampler.rank_at_random((v_next - v_next_star).abs(), is_end)
 
     def diagnostics(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
         size = sampler.effective_sample_size(self.alpha, self.args.candidates)

@@ -240,7 +240,7 @@ class ValueNetwork(nn.Module):
         return ((self(obs) - target) / self.scale).square()
 
 
-# --- Agents ---
+# --- Learner ---
 
 
 class BREMEN(Learner):
@@ -554,7 +554,7 @@ class OTC(Strategy):
         super().__init__(replay, args)
         self.alpha.fill_(args.alpha)
         # Mean transition distance of the deployment before, for equation (4)
-        self.register_buffer("distance", torch.full_like(self.alpha, torch.nan))
+        self.register_buffer("mean_distance", torch.full_like(self.alpha, torch.nan))
         self.embedding = Embedding(replay, args) if args.distance == "embedding" else None
 
     def update_offline(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -570,10 +570,11 @@ class OTC(Strategy):
             self.embedding.remember(latest)
         distance = self.transition_distance(agent, candidates, latest).mean(1)
         if args.adaptive_alpha and k > 1:
-            alpha = sampler.adapt_alpha(self.alpha, distance, self.distance)
+            alpha = sampler.adapt_alpha(self.alpha, distance, self.mean_distance)
             self.alpha.copy_(alpha if args.alpha_max is None else alpha.clamp(max=args.alpha_max))
-        self.distance.copy_(torch.where(sampler.usable(distance), distance, self.distance))
-        return {"otc/alpha": self.alpha, "otc/transition_distance": self.distance}
+        usable = sampler.usable(distance)
+        self.mean_distance.copy_(torch.where(usable, distance, self.mean_distance))
+        return {"otc/alpha": self.alpha, "otc/transition_distance": self.mean_distance}
 
     def draw(self, agent: Learner) -> torch.Tensor:
         """(G, batch_size) indices of the transitions of one update."""
@@ -612,7 +613,7 @@ class OTC(Strategy):
         is_end = (end > 0) | (end_star > 0)
         v_next = sampler.relative_to_mean(v_next, is_end)
         v_next_star = sampler.relative_to_mean(v_next_star, is_end)
-        return sampler.leave_unranked((v_next - v_next_star).abs(), is_end)
+        return sampler.rank_at_random((v_next - v_next_star).abs(), is_end)
 
     def diagnostics(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
         size = sampler.effective_sample_size(self.alpha, self.args.candidates)

@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 
 from benchmarks import write_csv
-from common import InputError, nearest, runs
+from common import InputError, cli, nearest, runs
 
 
 @dataclass
@@ -124,4 +124,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

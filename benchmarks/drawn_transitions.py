@@ -16,7 +16,7 @@ import tyro
 
 from benchmarks import write_csv
 from benchmarks.speed import LEARNERS
-from common import InputError, datasets, runs, sampler
+from common import InputError, cli, datasets, runs, sampler
 from common.replay import Replay
 
 
@@ -50,7 +50,7 @@ def look(folder: str, args: Args) -> list[dict]:
         raise InputError(f"{folder} has no deployment to match with")
     where = options.env, options.dataset, options.dataset_size, options.split
     dataset = datasets.load(*where, discrete=record["script"] == "otc_cql_discrete")
-    steps = runs.deployment_steps(options, len(dataset.rewards))
+    steps = cli.deployment_steps(options, len(dataset.rewards))
     replay = Replay(dataset, options.num_seeds, options.deployments, steps)
     state = runs.read_checkpoint(folder, "checkpoint.pt", record["script"])
     replay.load_state_dict(state["replay"])
@@ -119,4 +119,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

@@ -14,7 +14,8 @@ import tyro
 
 import otc_bcq
 from benchmarks import write_csv
-from common import datasets, runs, sampler
+from common import cli, datasets
+from common.embedding import Embedding
 from common.replay import Replay
 
 
@@ -39,24 +40,23 @@ def main(args: Args) -> None:
     for env in args.envs:
         dataset = datasets.load(env)
         replay = Replay(dataset, args.seeds, 0, 1)
-        obs_dim, action_dim = replay.obs.shape[2], replay.actions.shape[2]
-        mean, std = replay.obs[0].mean(0), replay.obs[0].std(0).clamp(min=1e-3)
+        std = replay.obs[0].std(0).clamp(min=1e-3)
         for weight in args.kl_weights:
             torch.manual_seed(1)
-            vae = otc_bcq.EmbeddingVAE(replay.num_groups, obs_dim, action_dim, 64, 10)
-            vae.obs_mean.copy_(mean)
-            vae.obs_std.copy_(std)
-            optimizer = otc_bcq.adam(vae.parameters(), args.learning_rate)
+            options = otc_bcq.Args(
+                distance="embedding",
+                embedding_kl_weight=weight,
+                embedding_learning_rate=args.learning_rate,
+            )
+            embedding = Embedding(replay, options)
             for _ in range(args.updates):
-                batch = replay.gather(replay.draw_offline(128))
-                error, kl = vae.loss(batch["obs"], batch["actions"], batch["next_obs"])
-                otc_bcq.step(optimizer, error + weight * kl)
+                embedding.update(replay.gather(replay.draw_offline(128)))
 
             drawn = replay.gather(replay.draw_offline(2512))
             with torch.no_grad():
-                e, _ = vae.encode(drawn["obs"], drawn["actions"], drawn["next_obs"])
-                error, kl = vae.loss(drawn["obs"], drawn["actions"], drawn["next_obs"])
-            match, _ = sampler.match_by_embedding(e[:, :512], e[:, 512:])
+                e, _ = embedding.encode(drawn["obs"], drawn["actions"], drawn["next_obs"])
+                error, kl = embedding.loss(drawn["obs"], drawn["actions"], drawn["next_obs"])
+            match = torch.cdist(e[:, :512], e[:, 512:], p=1).argmin(2)
             chance = torch.randint(2000, match.shape)
             row = {"env": env, "kl_weight": weight, "squared_error": error.mean().item()}
             row |= {"kl_per_dim": kl.mean().item(), "embedding_std": e.std(1).mean().item()}
@@ -75,4 +75,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 
 from benchmarks import write_csv
-from common import runs
+from common import cli
 from common.envs import make_vec, num_cores
 
 
@@ -59,4 +59,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

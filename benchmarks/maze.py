@@ -21,7 +21,7 @@ import numpy as np
 import tyro
 
 from benchmarks import write_csv
-from common import datasets, runs
+from common import cli, datasets
 from common.behaviours.rollout import make
 from common.behaviours.waypoints import NOISE, Controller
 from common.envs import TASKS, normalized_score, num_cores, parallel_env
@@ -122,4 +122,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

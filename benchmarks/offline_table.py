@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from benchmarks import write_csv
-from common import InputError, runs
+from common import InputError, cli, runs
 from common.datasets import parse_env
 from common.envs import normalized_score
 
@@ -103,4 +103,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

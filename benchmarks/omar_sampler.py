@@ -14,7 +14,7 @@ import tyro
 
 import omar
 from benchmarks import write_csv
-from common import runs
+from common import cli
 
 
 @dataclass
@@ -89,4 +89,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

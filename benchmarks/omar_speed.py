@@ -10,7 +10,8 @@ import tyro
 
 from benchmarks import write_csv
 from benchmarks.speed import fill, learner_of, machine, times_of, update_of
-from common import datasets, runs
+from common import cli, datasets
+from common.device import Graphed, pick_device
 
 LEARNERS = {
     "MA-ICQ": ("icq", {}),
@@ -37,7 +38,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    device = runs.pick_device(args)
+    device = pick_device(args)
     dataset = datasets.load(args.env)
     what, rows = machine(device), []
     print(args.env, *(f"{key} {value}" for key, value in what.items()), sep=", ")
@@ -49,9 +50,9 @@ def main(args: Args) -> None:
             calls = {}
             for name, (script, options) in LEARNERS.items():
                 options = {"sampling": "offline", "batch_size": batch_size, **options}
-                agent, transitions, its_args = learner_of(script, replay, options)
-                update, kind_of = update_of(script, replay, agent, transitions, its_args)
-                calls[name] = runs.Graphed(update, device.type == "cuda", kind_of)
+                agent, strategy, its_args = learner_of(script, replay, options)
+                update, kind_of = update_of(script, replay, agent, strategy, its_args)
+                calls[name] = Graphed(update, device.type == "cuda", kind_of)
             found = times_of(calls, device, 0.2, args.repetitions)
             cells = (f"{np.median(times):.1f} |" for times in found.values())
             print(f"| {num_seeds} | {batch_size} |", *cells, flush=True)
@@ -63,4 +64,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

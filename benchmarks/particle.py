@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from benchmarks import write_csv
-from common import runs
+from common import cli
 from common.behaviours import teams
 from common.envs import TASKS, make_vec, mpe
 from common.envs.particle import REACH, SPEED, CooperativeNavigation, PredatorPrey, draw
@@ -217,4 +217,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

@@ -20,7 +20,8 @@ import tyro
 
 from benchmarks import write, write_json
 from benchmarks.speed import learner_of, machine, times_of, update_of
-from common import datasets, runs
+from common import cli, datasets
+from common.device import Graphed, pick_device
 from common.replay import Replay
 
 VERSION = "2.8.1"
@@ -88,7 +89,7 @@ def learner_args(algorithm: str):
 def main(args: Args) -> None:
     if args.json:
         write(args.json, "", mode="a")  # refused before and not after the measurement
-    device = runs.pick_device(args)
+    device = pick_device(args)
     dataset = datasets.load(args.env)
     data = datasets.built_in_path(*datasets.parse_env(args.env), len(dataset))
     replays = {n: Replay(dataset, n, 1, len(dataset) // 100, device) for n in args.num_seeds}
@@ -125,12 +126,12 @@ def main(args: Args) -> None:
     peer.process.stdin.close()
 
 
-def offline_update(script: str, replay: Replay, device: torch.device) -> runs.Graphed:
+def offline_update(script: str, replay: Replay, device: torch.device) -> Graphed:
     """A script's update on offline data."""
-    agent, transitions, its_args = learner_of(script, replay, {"sampling": "offline"})
-    update, kind_of = update_of(script, replay, agent, transitions, its_args)
-    return runs.Graphed(update, device.type == "cuda", kind_of)
+    agent, strategy, its_args = learner_of(script, replay, {"sampling": "offline"})
+    update, kind_of = update_of(script, replay, agent, strategy, its_args)
+    return Graphed(update, device.type == "cuda", kind_of)
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from common import InputError, runs  # noqa: E402
+from common import InputError, cli, runs  # noqa: E402
 
 
 @dataclass
@@ -54,4 +54,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

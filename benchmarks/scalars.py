@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from benchmarks import write_csv
 from benchmarks.curves import name_of
-from common import InputError, runs
+from common import InputError, cli, runs
 
 
 @dataclass
@@ -50,4 +50,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

@@ -26,8 +26,9 @@ import torch
 import tyro
 
 from benchmarks import write, write_json
-from common import datasets, runs, sampler
+from common import cli, datasets, sampler, strategies
 from common.datasets import TeamDataset
+from common.device import Graphed, pick_device
 from common.replay import Replay
 
 LEARNERS = {
@@ -125,27 +126,27 @@ def learner_of(script: str, replay: Replay, options: dict):
     sizes = (replay.num_groups, replay.obs.shape[2], replay.actions.shape[2])
     with replay.device:
         agent = getattr(module, LEARNERS[script])(*sizes, args)
-        transitions = module.TransitionSampler(replay, args)
+        strategy = strategies.make(replay, args, module.OTC)
     if hasattr(agent, "measure_scales"):
         agent.measure_scales(replay)
-    transitions.start_deployment(agent, 1)
-    return agent, transitions, args
+    strategy.start_deployment(agent, 1)
+    return agent, strategy, args
 
 
-def update_of(script: str, replay: Replay, agent, transitions, args) -> tuple[Callable, Callable]:
+def update_of(script: str, replay: Replay, agent, strategy, args) -> tuple[Callable, Callable]:
     """The fine-tuning update as in the script's main, and from its number to its kind."""
     gather = replay.gather_following if script == "icq" else replay.gather
 
     def update(*kind):
-        index = transitions.draw(agent)
+        index = strategy.draw(agent)
         losses = agent.update(gather(index), *kind)
-        return losses | transitions.diagnostics(index)
+        return losses | strategy.diagnostics(index)
 
     kind_of = None
-    if script == "otc_td3bc":
-        kind_of = lambda number: number % args.policy_delay == 0  # noqa: E731
-    elif script == "otc_bremen":
+    if script == "otc_bremen":  # its improvement is timed by itself
         kind_of = lambda number: "fit"  # noqa: E731
+    elif hasattr(agent, "kind"):
+        kind_of = lambda number: agent.kind(number, False)  # noqa: E731
     return update, kind_of
 
 
@@ -156,8 +157,8 @@ def improvement_of(replay: Replay, agent, args) -> Callable:
 
 def stages_of(script: str, replay: Replay, options: dict, updates: int) -> dict[str, float]:
     """Share of an eager update's time by stage."""
-    agent, transitions, args = learner_of(script, replay, options)
-    update, kind_of = update_of(script, replay, agent, transitions, args)
+    agent, strategy, args = learner_of(script, replay, options)
+    update, kind_of = update_of(script, replay, agent, strategy, args)
     spent, running = defaultdict(float), ["rest"]
     last = None
 
@@ -187,15 +188,15 @@ def stages_of(script: str, replay: Replay, options: dict, updates: int) -> dict[
 
     patches = [patch(replay, name, "draw") for name in ("draw_merged", "draw_latest", "gather")]
     patches += [patch(agent, name, "forward") for name in ("q_value", "value")]
-    if transitions.embedding is not None:
-        patches.append(patch(transitions.embedding, "encode", "forward"))
+    if strategy.embedding is not None:
+        patches.append(patch(strategy.embedding, "encode", "forward"))
     patches += [
         patch(sampler, "match_by_value", "match"),
         patch(sampler, "match_by_embedding", "match"),
         patch(sampler, "draw_by_rank", "rank"),
         patch(agent, "update", "learner"),
     ]
-    call = runs.Graphed(update, False, kind_of)
+    call = Graphed(update, False, kind_of)
     for number in range(2):
         call(number)
     for each in patches:
@@ -252,7 +253,7 @@ def exact_seconds(match: Callable, shape: tuple, device: torch.device) -> float:
 def main(args: Args) -> None:
     if args.json:
         write(args.json, "", mode="a")  # refused before and not after the measurement
-    device = runs.pick_device(args)
+    device = pick_device(args)
     dataset = datasets.load(args.env)
     discrete = discrete_data() if "otc_cql_discrete" in args.scripts else None
     what = machine(device)
@@ -270,12 +271,12 @@ def main(args: Args) -> None:
             for mode in ("eager", "graph") if device.type == "cuda" else ("eager",):
                 calls = {}
                 for name, options in STRATEGIES.items():
-                    agent, transitions, its_args = learner_of(script, replay, options)
-                    update, kind_of = update_of(script, replay, agent, transitions, its_args)
-                    calls[name] = runs.Graphed(update, mode == "graph", kind_of)
+                    agent, strategy, its_args = learner_of(script, replay, options)
+                    update, kind_of = update_of(script, replay, agent, strategy, its_args)
+                    calls[name] = Graphed(update, mode == "graph", kind_of)
                 if script == "otc_bremen":
                     improve = improvement_of(replay, agent, its_args)
-                    calls["improvement"] = runs.Graphed(improve, mode == "graph")
+                    calls["improvement"] = Graphed(improve, mode == "graph")
                 found = times_of(calls, device, args.seconds, args.repetitions)
                 base = np.array(found["uniform"])
                 for name, milliseconds in found.items():
@@ -306,4 +307,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

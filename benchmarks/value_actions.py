@@ -14,7 +14,7 @@ import tyro
 
 import otc_bcq
 from benchmarks import write_csv
-from common import datasets, runs, sampler
+from common import cli, datasets, runs, sampler
 from common.replay import Replay
 
 
@@ -67,4 +67,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

@@ -56,7 +56,7 @@ class Training:
         if checkpoint is not None:
             resumes = self.args.resume is not None
             agent.load_state_dict(checkpoint["agent"])
-            strategy.load_state_dict(checkpoint["sampler"], strict=resumes)
+            strategy.load_state_dict(checkpoint["strategy"], strict=resumes)
             if resumes:
                 self.replay.load_state_dict(checkpoint["replay"])
             self.phase, self.done = checkpoint["progress"]
@@ -68,7 +68,7 @@ class Training:
         """All that a resumed run goes on with."""
         state = {
             "agent": self.agent.state_dict(),
-            "sampler": self.strategy.state_dict(),
+            "strategy": self.strategy.state_dict(),
             "replay": self.replay.state_dict(),
             "progress": (self.phase, self.done),
             "rng": runs.get_rng_state(self.device),
@@ -114,7 +114,7 @@ class Training:
     def evaluate(self, k: int) -> list[list[float]]:
         """Returns of --eval-episodes episodes per seed, whose starts depend on k alone."""
         seed = self.args.seed, k
-        return evaluate(self.eval_envs, self.agent, self.args.num_seeds, seed, self.device)
+        return episode_returns(self.eval_envs, self.agent, self.args.num_seeds, seed, self.device)
 
     # Deployments
 
@@ -131,7 +131,7 @@ class Training:
         args, S = self.args, self.args.num_seeds
         self.set_deployment(k)
         start, seed = time.perf_counter(), (args.seed, k)
-        data, returns = deploy(
+        data, returns = collect(
             self.envs, self.agent, self.num_steps, seed, self.device, args.exploration
         )
         self.steps_per_second = S * self.num_steps / (time.perf_counter() - start)
@@ -170,7 +170,7 @@ class Training:
         self.run.record_return(k, k * self.num_steps, returns, alpha, exploring)
 
 
-def act(
+def team_actions(
     agent: nn.Module, obs: np.ndarray, num_seeds: int, device: torch.device, explorer: int = -1
 ):
     """Actions of every seed's team, E environments per seed: (S * E, N, obs_dim) -> (S * E, N,
@@ -184,7 +184,7 @@ def act(
     return by_env.cpu().numpy()
 
 
-def deploy(
+def collect(
     envs, agent: nn.Module, steps: int, seed, device: torch.device, exploration: str = "none"
 ):
     """Run pi^{k-1} for M steps, one environment per seed; with sequential exploration agent i
@@ -208,7 +208,7 @@ def deploy(
     latest_begin = max(0, steps - envs.max_episode_steps)
     for t in range(steps):
         explorer = t * N // steps if exploration == "sequential" else -1
-        actions = act(agent, obs, S, device, explorer)
+        actions = team_actions(agent, obs, S, device, explorer)
         next_obs, rewards, terminations, truncations, final_obs = envs.step(envs.to_box(actions))
         step_data = (obs, actions, rewards, final_obs, terminations, explorer)
         for array, value in zip(data.values(), step_data, strict=True):
@@ -222,14 +222,14 @@ def deploy(
     return data, returns
 
 
-def evaluate(
+def episode_returns(
     envs, agent: nn.Module, num_seeds: int, seed, device: torch.device
 ) -> list[list[float]]:
     """Returns of the first episode in every environment, per seed."""
     obs = envs.reset(seed=seed)
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
     while running.any():
-        actions = act(agent, obs, num_seeds, device)
+        actions = team_actions(agent, obs, num_seeds, device)
         obs, rewards, terminations, truncations, _ = envs.step(envs.to_box(actions))
         returns += rewards * running
         running &= ~(terminations | truncations)

@@ -39,6 +39,18 @@ def mlp(num_groups: int, in_features: int, hidden_size: int, out_features: int) 
     )
 
 
+class Critic(nn.Module):
+    """Q(s, a_i) of G groups."""
+
+    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
+        super().__init__()
+        self.network = mlp(G, obs_dim + action_dim, hidden_size, 1)
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """(G, batch, obs_dim), (G, batch, action_dim) -> (G, batch)."""
+        return self.network(torch.cat([obs, actions], dim=2)).squeeze(2)
+
+
 def kl_divergence(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
     """KL of N(mean, std) from N(0, 1), averaged over batch and latent dimensions: (G, batch,
     latent) -> (G,)."""

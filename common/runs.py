@@ -23,15 +23,6 @@ from common.envs import normalized_score, win_rate
 LOG_EVERY = 500  # updates between two rows of losses
 
 
-def __getattr__(name):  # PROTOTYPE: old names, for the tests and benchmarks that use them
-    from common import cli, device
-
-    for module in (cli, device):
-        if hasattr(module, name):
-            return getattr(module, name)
-    raise AttributeError(name)
-
-
 # --- Files ---
 
 
@@ -116,14 +107,14 @@ def read_offline_checkpoint(args, script: str) -> dict:
         if was != now:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"--offline-checkpoint was trained with {flag} {was}, not {now}")
-    embedding = {k: v for k, v in checkpoint["sampler"].items() if k.startswith("embedding.")}
+    embedding = {k: v for k, v in checkpoint["strategy"].items() if k.startswith("embedding.")}
     needed = args.sampling == "otc" and args.distance == "embedding"
     if needed and not embedding:
         raise InputError(
             f"{args.offline_checkpoint} trained no embedding, which --distance embedding needs; "
             "its own --sampling and --distance must have been otc and embedding"
         )
-    checkpoint["sampler"] = embedding if needed else {}
+    checkpoint["strategy"] = embedding if needed else {}
     args.offline_updates = checkpoint["args"]["offline_updates"]
     return checkpoint
 

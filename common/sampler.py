@@ -104,7 +104,7 @@ def relative_to_mean(
     return values / torch.copysign(mean.abs().clamp(min=floor), mean)
 
 
-def leave_unranked(distance: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def rank_at_random(distance: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Distances (G, B) >= 0 in which the entries of mask (G, B) are moved to random ranks among the
     others of their group, so that they are drawn as often as chance would."""
     # Every entry gets a random key; one of the mask goes where as many others lie below it.
@@ -198,63 +198,3 @@ def effective_sample_size(alpha: torch.Tensor, num_candidates: int) -> torch.Ten
     """1 / sum of squared rank probabilities: how many candidates the draw amounts to; (G,) ->
     (G,)."""
     return 1 / rank_probabilities(alpha, num_candidates).square().sum(dim=1)
-
-
-# PROTOTYPE: scripts that are not converted take it from here
-class Priorities:
-    """Draws in proportion to one priority per transition: a sum tree of two levels, for Balanced
-    Replay.
-
-    Priorities live in blocks of `BLOCK`; a draw picks a block by the blocks' sums, then an item
-    inside it.
-    """
-
-    BLOCK = 1024
-
-    def __init__(self, num_groups: int, size: int, device: torch.device | str = "cpu"):
-        num_blocks = -(-size // self.BLOCK)
-        self.size = size
-        self.values = torch.zeros(num_groups, num_blocks, self.BLOCK, device=device)
-        self.sums = torch.zeros(num_groups, num_blocks, device=device, dtype=torch.float64)
-
-    def fill(self, start: int, stop: int, priority: float) -> None:
-        """Give the transitions start ... stop-1 of every group the same priority."""
-        self.values.flatten(1)[:, start:stop] = priority
-        self.sums.copy_(self.values.sum(dim=2, dtype=torch.float64))
-
-    def update(self, index: torch.Tensor, priority: torch.Tensor) -> None:
-        """Set the priorities (G, n) of the transitions `index` (G, n); of equal indices one
-        wins."""
-        self.values.flatten(1).scatter_(1, index, priority)
-        block = index // self.BLOCK
-        self.sums.scatter_(1, block, self._blocks(block).sum(dim=2, dtype=torch.float64))
-
-    def draw(self, num_samples: int, generator: torch.Generator | None = None) -> torch.Tensor:
-        """(G, num_samples) indices, one from each of num_samples slices of equal mass."""
-        ends = self.sums.cumsum(dim=1)
-        offset = torch.rand(
-            ends.shape[0], num_samples, generator=generator, device=ends.device, dtype=ends.dtype
-        )
-        mass = (torch.arange(num_samples, device=ends.device) + offset) / num_samples * ends[:, -1:]
-        # Rounding may leave `mass` or `rest` at the very end, where only padding follows.
-        mass = torch.minimum(mass, ends[:, -1:] * (1 - 1e-15))
-        block = torch.searchsorted(ends, mass, right=True).clamp(max=ends.shape[1] - 1)
-        inside = self._blocks(block).double().cumsum(dim=2)  # (G, num_samples, BLOCK)
-        rest = mass - (ends.gather(1, block) - self.sums.gather(1, block))
-        rest = torch.minimum(rest, inside[..., -1] * (1 - 1e-15)).clamp(min=0)
-        item = torch.searchsorted(inside, rest.unsqueeze(2), right=True).squeeze(2)
-        return (block * self.BLOCK + item).clamp(max=self.size - 1)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """All priorities."""
-        return {"values": self.values, "sums": self.sums}
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Put back what `state_dict` returned."""
-        self.values.copy_(state["values"])
-        self.sums.copy_(state["sums"])
-
-    def _blocks(self, block: torch.Tensor) -> torch.Tensor:
-        """(G, n) block numbers -> (G, n, BLOCK) priorities."""
-        groups = torch.arange(block.shape[0], device=block.device).unsqueeze(1)
-        return self.values[groups, block]

@@ -6,6 +6,6 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from common import runs  # noqa: E402
+from common.device import multiply_by_onednn  # noqa: E402
 
-runs.multiply_by_onednn()
+multiply_by_onednn()

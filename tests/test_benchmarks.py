@@ -21,7 +21,7 @@ from benchmarks import (
     speed,
     value_actions,
 )
-from common import runs
+from common import cli
 from tests.helpers import random_team
 
 ROOT = Path(__file__).parents[1]
@@ -74,7 +74,7 @@ def refusal(monkeypatch, capsys, tmp_path):
         before = sorted(tmp_path.rglob("*"))
         monkeypatch.setattr(sys, "argv", ["tool", *map(str, argv)])
         with pytest.raises(SystemExit) as error:
-            runs.cli(tool.main, tool.Args, tyro.cli)
+            cli.cli(tool.main, tool.Args, tyro.cli)
         assert error.value.code == 2 and sorted(tmp_path.rglob("*")) == before
         said = capsys.readouterr()
         assert said.err.startswith("error: ") and said.err.count("\n") <= 2 and not said.out

@@ -34,7 +34,7 @@ def shared_arguments(script):
 
 
 class Neutral(ast.NodeTransformer):
-    """`main` without what may differ: the learner, its scales, how it gathers and what it updates."""
+    """`main` without what may differ: the learner, its scales, its gathering, its updates."""
 
     def visit_FunctionDef(self, node):
         if node.name in ("offline_update", "finetune_update"):
@@ -75,7 +75,7 @@ def test_what_every_otc_script_holds_is_a_copy(script, name):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_sections_come_in_the_same_order(script):
     headers = re.findall(r"^# --- (.+) ---$", (ROOT / f"{script}.py").read_text(), re.MULTILINE)
-    order = ["Networks", "Agents", "Online transition correction", "Main: Algorithm 1"]
+    order = ["Networks", "Learner", "Online transition correction", "Main: Algorithm 1"]
     assert [header for header in headers if header in order] == order
 
 

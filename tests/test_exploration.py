@@ -47,7 +47,7 @@ class Marking:
 @pytest.mark.parametrize("exploration", ["none", "sequential"])
 def test_one_agent_at_a_time_explores_for_its_share_of_exactly_m_steps(exploration, steps):
     envs = Counting(num_envs=2)
-    found, returns = loop.deploy(envs, Marking(), steps, 0, torch.device("cpu"), exploration)
+    found, returns = loop.collect(envs, Marking(), steps, 0, torch.device("cpu"), exploration)
     seen = np.stack(envs.seen)  # (steps, S, N)
     assert len(seen) == steps and (found["actions"][..., 0].swapaxes(0, 1) == seen).all()
     assert returns == [[7.0] * len(range(0, max(1, steps - 6), 7)) if steps > 6 else []] * 2

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from common import runs, strategies
+from common import strategies
+from common.device import Graphed, multiply_by_onednn
 from common.replay import Replay
 from tests.helpers import (
     OBS_DIM,
@@ -273,7 +274,7 @@ def trained_with_diagnostics(script, strategy, device, graphed):
     """Parameters after 40 fine-tuning updates, and what each update returned."""
     torch.manual_seed(0)
     finetune_update, kind_of, agent, _, _ = prepared(script, strategy, device)
-    call, returned = runs.Graphed(finetune_update, graphed, kind_of), []
+    call, returned = Graphed(finetune_update, graphed, kind_of), []
     torch.manual_seed(1)
     if device == "cuda":  # no update may wait for the host
         torch.cuda.set_sync_debug_mode("default" if graphed else "error")
@@ -289,7 +290,7 @@ def trained_with_diagnostics(script, strategy, device, graphed):
 def test_fast_products_on_a_cpu_are_float32():
     """Where oneDNN may round products to bfloat16, and elsewhere: a number that it does not hold
     passes, and errors are those of float32's sums."""
-    runs.multiply_by_onednn()
+    multiply_by_onednn()
     torch.manual_seed(0)
     identity = torch.eye(256).repeat(2, 1, 1)
     for rows in (1, 10, 128, 3840):

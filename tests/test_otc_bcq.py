@@ -233,7 +233,7 @@ def test_alpha_telescopes_over_deployments():
     for k in range(1, 5):
         add_deployment(replay, seed=k)
         transitions.start_deployment(agent, k)
-        distances.append(transitions.distance.clone())
+        distances.append(transitions.mean_distance.clone())
     torch.testing.assert_close(transitions.alpha, distances[-1] / distances[0])
 
 
@@ -247,7 +247,7 @@ def test_the_mean_distance_is_exact_where_all_data_enters_it():
     with torch.no_grad():
         e, _ = transitions.embedding.encode(data["obs"], data["actions"], data["next_obs"])
     nearest = (e[:, :, None] - e[:, None, 600:]).abs().sum(3).min(2).values
-    torch.testing.assert_close(transitions.distance, nearest.mean(1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(transitions.mean_distance, nearest.mean(1), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampling", ["otc", "uniform", "balanced", "online", "offline"])

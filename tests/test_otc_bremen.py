@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import otc_bremen
-from common import runs
+from common import cli
 from common.datasets import TeamDataset
 from common.replay import Replay
 from otc_bremen import BREMEN, Args, conjugate_gradient, trust_region_step
@@ -676,7 +676,7 @@ def test_kinds_of_updates_follow_the_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["otc_bremen.py", *map(str, argv)])
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        runs.cli(otc_bremen.main, Args)
+        cli.cli(otc_bremen.main, Args)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

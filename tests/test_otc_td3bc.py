@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import otc_td3bc
-from common import runs
+from common import cli
 from otc_td3bc import TD3BC, Args
 from tests.helpers import (
     ACTION_DIM,
@@ -203,7 +203,7 @@ def test_a_run_gives_the_actor_every_third_turn(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["otc_td3bc.py", *map(str, argv)])
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        runs.cli(otc_td3bc.main, Args)
+        cli.cli(otc_td3bc.main, Args)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

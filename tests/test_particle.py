@@ -10,7 +10,7 @@ import pytest
 from pettingzoo.test import parallel_api_test
 
 import otc_bcq
-from common import InputError, runs
+from common import InputError, cli
 from common.behaviours import rollout, uniform
 from common.datasets import load, parse_env
 from common.datasets import main as datasets_main
@@ -432,7 +432,7 @@ def test_wrong_names_of_data(env, dataset, split, words):
 def test_a_script_exits_with_2(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["otc_bcq.py", "--env", "cooperative-navigation-11-random"])
     with pytest.raises(SystemExit) as stop:
-        runs.cli(otc_bcq.main, otc_bcq.Args)
+        cli.cli(otc_bcq.main, otc_bcq.Args)
     assert stop.value.code == 2 and "N from 2 to 10" in capsys.readouterr().err
 
 

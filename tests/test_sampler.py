@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import sampler
 from common.sampler import (
-    Priorities,
     adapt_alpha,
     draw_by_rank,
     effective_sample_size,
@@ -24,6 +23,7 @@ from common.sampler import (
     unique_fraction,
     usable,
 )
+from common.strategies import Priorities
 
 NAN, INF = float("nan"), float("inf")
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -699,7 +699,7 @@ def test_what_is_left_unranked_is_drawn_as_chance_would():
     distance[0, mask[0]] = 0.0  # ranked, they would come first
     drawn, rounds = torch.zeros(3), 2000
     for _ in range(rounds):
-        changed = sampler.leave_unranked(distance, mask)
+        changed = sampler.rank_at_random(distance, mask)
         assert torch.equal(changed[~mask], distance[~mask])
         assert torch.equal(changed[1:], distance[1:])  # nothing to take the distance of, or no need
         index = sampler.draw_by_rank(changed, torch.full((3,), 2.0), 50)
@@ -710,7 +710,7 @@ def test_what_is_left_unranked_is_drawn_as_chance_would():
 
     # Each rank, the first and the last too, is as likely as any other
     distance, mask = torch.rand(4000, 8), torch.arange(8).expand(4000, -1) < 3
-    changed = sampler.leave_unranked(distance, mask)
+    changed = sampler.rank_at_random(distance, mask)
     assert (changed.diff(dim=1) != 0).all()
     share = changed.argsort(1).argsort(1)[:, :3].flatten().bincount(minlength=8) / 12_000
     assert (share - 1 / 8).abs().max() < 0.015

@@ -17,7 +17,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common import loop, runs
+from common import cli, loop, runs
+from common.device import Graphed
 from common.replay import Replay
 from tests.helpers import (
     SCRIPTS,
@@ -64,7 +65,7 @@ def run(monkeypatch, script, *argv):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *for_learner(script, argv)])
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        runs.cli(module.main, module.Args)
+        cli.cli(module.main, module.Args)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -162,7 +163,7 @@ def test_a_run_of_two_seeds_writes_what_it_should(
     ]
     if strategy == EMBEDDING:  # trained in the offline phase, frozen afterwards
         names = ("offline.pt", "checkpoint.pt")
-        states = [torch.load(folders[0] / n, weights_only=True)["sampler"] for n in names]
+        states = [torch.load(folders[0] / n, weights_only=True)["strategy"] for n in names]
         optimizers = [state["embedding._extra_state"]["optimizer"] for state in states]
         assert optimizers[0]["state"][0]["step"] == 60
         assert_same(*optimizers)
@@ -288,9 +289,9 @@ def end_life(monkeypatch, module, what, count):
 
         return call
 
-    monkeypatch.setattr(runs.Graphed, "__call__", counted("update", runs.Graphed.__call__))
+    monkeypatch.setattr(Graphed, "__call__", counted("update", Graphed.__call__))
     monkeypatch.setattr(os, "replace", counted("write", os.replace))
-    monkeypatch.setattr(loop, "act", counted("step", loop.act))
+    monkeypatch.setattr(loop, "team_actions", counted("step", loop.team_actions))
 
 
 # 60 offline updates and twice 40, a checkpoint every 17, evaluations of 20 steps at update 30 and
@@ -382,14 +383,14 @@ def test_resume_after_a_kill_ends_where_the_unbroken_run_does(tmp_path, data):
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys, data):
     argv = ["--env", ENV, "--dataset", data, *tiny("otc_bcq"), "--run-dir", tmp_path / "runs"]
-    count, update = iter(range(1, 100)), runs.Graphed.__call__
+    count, update = iter(range(1, 100)), Graphed.__call__
 
     def interrupted(*args):
         if next(count) == 7:
             os.kill(os.getpid(), signal.SIGINT)
         return update(*args)
 
-    monkeypatch.setattr(runs.Graphed, "__call__", interrupted)
+    monkeypatch.setattr(Graphed, "__call__", interrupted)
     with pytest.raises(SystemExit) as exit:
         run(monkeypatch, "otc_bcq", *argv)
     folder = only(tmp_path / "runs")

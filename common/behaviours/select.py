@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from common import InputError, nearest, runs
+from common import InputError, cli, nearest
 from common.behaviours.rollout import POLICY_DIR, WEIGHTS, Policy, steps
 
 MEDIUM = {"halfcheetah": (4770, 356), "hopper": (1422, 379), "walker2d": (2852, 1095)}
@@ -154,4 +154,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from common import InputError, runs
+from common import InputError, cli
 from common.behaviours import uniform
 from common.behaviours.teams import WEIGHTS, Policy, actor, policy_file
 from common.behaviours.train_teams import make_team
@@ -116,4 +116,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import tyro
 
-from common import InputError, nearest, runs
+from common import InputError, cli, nearest
 from common.envs import TASKS
 
 
@@ -104,4 +104,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import tyro
 
-from common import InputError, runs
+from common import InputError, cli
 from common.behaviours.train import new_folder
 from common.envs import TASKS, make_vec
 
@@ -178,4 +178,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

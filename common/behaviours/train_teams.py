@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 import tyro
 
-from common import InputError, nearest, runs
+from common import InputError, cli, nearest
 from common.behaviours.train import new_folder
 from common.envs import VecEnv, make_vec, mpe
 
@@ -253,4 +253,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)

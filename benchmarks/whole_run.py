@@ -1,8 +1,8 @@
 """How long a whole run takes, by phase: data, offline updates, simulator, fine-tuning updates,
 evaluation, logging with checkpoints, and the rest.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.run --num-seeds 1 5 --json run.json
-    OMP_NUM_THREADS=1 python -m benchmarks.run --script otc_td3bc --offline-updates 2000 \
+    OMP_NUM_THREADS=1 python -m benchmarks.whole_run --num-seeds 1 5 --json run.json
+    OMP_NUM_THREADS=1 python -m benchmarks.whole_run --script otc_td3bc --offline-updates 2000 \
         --finetune-updates 100 --deployments 2 --deployment-steps 2000
 
 Once with the data in the cache and the libraries loaded. `simulator` has the policies' actions in
@@ -23,7 +23,8 @@ import tyro
 
 from benchmarks import write, write_json
 from benchmarks.speed import machine
-from common import datasets, runs
+from common import cli, datasets, loop, runs
+from common.device import pick_device
 
 PHASES = (
     "data",
@@ -96,7 +97,7 @@ def phases_of(args: Args, num_seeds: int) -> dict[str, float]:
     flags = {k: v for k, v in dataclasses.asdict(args).items() if k in names}
     with tempfile.TemporaryDirectory() as folder:
         its_args = module.Args(**(flags | {"num_seeds": num_seeds, "run_dir": folder}))
-        watch = Stopwatch(runs.pick_device(its_args))
+        watch = Stopwatch(pick_device(its_args))
 
         # What happens between the other phases are the updates.
         updates = runs.Run.updates
@@ -112,10 +113,10 @@ def phases_of(args: Args, num_seeds: int) -> dict[str, float]:
         patches = [
             mock.patch.object(runs.Run, "updates", timed_updates),
             watch.patch(datasets, "load", "data"),
-            watch.patch(module, "Replay", "data"),
-            watch.patch(module, "deploy", "simulator"),
-            watch.patch(module, "evaluate", "evaluation"),
-            watch.patch(module.TransitionSampler, "start_deployment", "fine-tuning updates"),
+            watch.patch(loop, "Replay", "data"),
+            watch.patch(loop, "collect", "simulator"),
+            watch.patch(loop, "episode_returns", "evaluation"),
+            watch.patch(module.OTC, "start_deployment", "fine-tuning updates"),
         ]
         for name in ("log", "log_losses", "record_return", "record_offline", "save", "finish"):
             patches.append(watch.patch(runs.Run, name, "logging"))
@@ -134,7 +135,7 @@ def main(args: Args) -> None:
     if args.json:
         write(args.json, "", mode="a")  # refused before and not after the measurement
     datasets.load(args.env)  # into the cache
-    what = machine(runs.pick_device(args))
+    what = machine(pick_device(args))
     rows = []
     record = {"args": vars(args), "machine": what, "seconds": rows}
     for num_seeds in args.num_seeds:
@@ -153,4 +154,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    runs.cli(main, Args, tyro.cli)
+    cli.cli(main, Args, tyro.cli)
