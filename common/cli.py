@@ -61,6 +61,9 @@ class OfflineArgs:
     per further core where there are enough environments, none for those that step as one batch"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one"""
+    threads: int | None = None
+    """of the CPU; default: OMP_NUM_THREADS where it is set, else 1: these networks gain nothing from
+    a second one, which stalls them wherever it has to wait for its core"""
     cuda_graph: bool = True
     """on CUDA, capture the whole update in one graph"""
     run_dir: str = "runs"

@@ -9,8 +9,12 @@ import torch
 
 
 def pick_device(args) -> torch.device:
-    """--device as torch understands it; `auto` is CUDA where there is one. On a CPU the process
-    keeps the memory that it frees and takes the faster matrix products."""
+    """--device as torch understands it; `auto` is CUDA where there is one. The process takes
+    --threads of the CPU; there it keeps the memory that it frees and takes the faster matrix
+    products."""
+    threads = getattr(args, "threads", None)  # benchmarks have no such argument
+    if threads is not None or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads or 1)
     has_cuda = torch.cuda.is_available()
     name = args.device if args.device != "auto" else "cuda" if has_cuda else "cpu"
     if name == "cpu":

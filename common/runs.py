@@ -77,7 +77,8 @@ def read_checkpoint(folder: str, name: str, script: str) -> dict:
     """A checkpoint's content; `folder` may be any of the folders of a run of several seeds.
 
     Raises:
-        InputError: missing, unreadable, foreign, or of another script than `script`.
+        InputError: missing, unreadable, foreign, of an earlier version, or of another script
+            than `script`.
     """
     path = seeds_folders(folder)[0] / name
     if not path.exists():
@@ -89,6 +90,8 @@ def read_checkpoint(folder: str, name: str, script: str) -> dict:
     except Exception as error:  # torch.load raises many kinds
         first_line = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a readable checkpoint: {first_line}") from None
+    if "strategy" not in checkpoint:
+        raise InputError(f"{path} is of an earlier version; continue it with commit eca3235")
     if checkpoint["script"] != script:
         raise InputError(f"{folder} is a run of {checkpoint['script']}, not {script}")
     return checkpoint

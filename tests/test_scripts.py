@@ -591,6 +591,9 @@ def test_unreadable_and_unfit_checkpoints(tmp_path, monkeypatch, data, fails):
         fails("not a readable checkpoint", *start)
     torch.save({"weights": torch.zeros(3)}, folder / "checkpoint.pt")
     fails("not a readable checkpoint", "otc_bcq", "--resume", folder)
+    earlier = {"agent": {}, "sampler": {}, "progress": (0, 0), "script": "otc_bcq"}
+    torch.save(earlier, folder / "checkpoint.pt")
+    fails("continue it with commit eca3235", "otc_bcq", "--resume", folder)
 
 
 def test_a_copied_or_renamed_run_is_itself(tmp_path, monkeypatch, data, fails):
