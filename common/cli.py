@@ -62,8 +62,8 @@ class OfflineArgs:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: CUDA where there is one"""
     threads: int | None = None
-    """of the CPU; default: OMP_NUM_THREADS where it is set, else 1, since a second one gains nothing
-    here and stalls the first wherever it has to wait for its core"""
+    """of the CPU; default: OMP_NUM_THREADS where it is set, else 1: a second one gains nothing here
+    and stalls the first wherever it has to wait for its core"""
     cuda_graph: bool = True
     """on CUDA, capture the whole update in one graph"""
     run_dir: str = "runs"
