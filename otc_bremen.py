@@ -108,6 +108,7 @@ class Args(OnlineArgs):
 
     def check(self) -> None:
         """Refuse a phase in which the policy would never improve."""
+        super().check()
         if self.deployments and self.improve_every > self.finetune_updates:
             raise InputError(
                 f"--improve-every {self.improve_every}: with --finetune-updates "

@@ -81,6 +81,15 @@ class OfflineArgs:
     exploration: ClassVar[str] = "none"
     offline_checkpoint: ClassVar[None] = None
 
+    def check(self) -> None:
+        """Refuse what several arguments forbid together; a script adds its own rules.
+
+        Raises:
+            InputError: names the flags and what they may be.
+        """
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device cuda: no CUDA device is available; use --device cpu or auto")
+
 
 @dataclass
 class OnlineArgs(OfflineArgs):
@@ -96,6 +105,18 @@ class OnlineArgs(OfflineArgs):
     offline_checkpoint: str | None = None
     """run folder whose offline policy to start the deployments from, instead of training one; its
     own number of offline updates counts, not this one's"""
+
+    def check(self) -> None:
+        super().check()
+        if not self.replacement and self.batch_size > self.candidates:
+            raise InputError(
+                f"--no-replacement draws --batch-size {self.batch_size} different transitions out "
+                f"of --candidates {self.candidates}: it needs at least as many candidates"
+            )
+        if self.exclude_self_matches and self.references < 2:
+            raise InputError(
+                f"--exclude-self-matches needs --references 2 or more, not {self.references}"
+            )
 
 
 def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None:
@@ -136,7 +157,8 @@ def parse(args_type: type, argv: list[str] | None = None, description: str | Non
                     f"{now}"
                 )
         args = stored
-    check(args)
+    check_ranges(args)
+    args.check()
     return args
 
 
@@ -154,9 +176,8 @@ def range_of(hint) -> Range | None:
     return None
 
 
-def check(args) -> None:
-    """Refuse what is out of range, or what two arguments forbid together; a script's own rules are
-    in `Args.check`.
+def check_ranges(args) -> None:
+    """Refuse a number that is out of its range.
 
     Raises:
         InputError: names the flag, its value and what it may be.
@@ -173,19 +194,6 @@ def check(args) -> None:
         too_small = value < may_be.least or (value == may_be.least and may_be.open)
         if too_small or not value <= may_be.most:  # nan is not either
             raise InputError(f"{flag(name)} is {value}; it must be {expected}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: no CUDA device is available; use --device cpu or auto")
-    if not getattr(args, "replacement", True) and args.batch_size > args.candidates:
-        raise InputError(
-            f"--no-replacement draws --batch-size {args.batch_size} different transitions out of "
-            f"--candidates {args.candidates}: it needs at least as many candidates"
-        )
-    if getattr(args, "exclude_self_matches", False) and args.references < 2:
-        raise InputError(
-            f"--exclude-self-matches needs --references 2 or more, not {args.references}"
-        )
-    if hasattr(args, "check"):
-        args.check()
 
 
 def deployment_steps(args, dataset_size: int) -> int:

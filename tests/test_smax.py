@@ -31,7 +31,7 @@ def random_actions(vec, obs, rng):
 def test_where_smax_is_missing_one_line_says_what_to_install(tmp_path):
     """In a process that cannot import it, whether it is installed or not."""
     code = "import sys; sys.modules['jaxmarl'] = None; sys.argv = ['x', *sys.argv[1:]]\n"
-    code += "import otc_cql_discrete as s; from common import runs; cli.cli(s.main, s.Args)"
+    code += "import otc_cql_discrete as s; from common import cli; cli.cli(s.main, s.Args)"
     command = [sys.executable, "-c", code, "--env", f"{TASK}-medium", "--run-dir", str(tmp_path)]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert found.returncode == 2
