@@ -1,8 +1,12 @@
 """The command line of every script: arguments that all have, what numbers may be, and how errors
 end."""
 
+import ast
 import dataclasses
+import inspect
+import re
 import sys
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, get_args, get_type_hints
@@ -28,11 +32,19 @@ Natural = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(open=True)]
 Share = Annotated[float, Range(0, 1)]
 
+# What --help shows first
+DAY_ONE = (
+    *("env", "dataset", "sampling", "distance", "seed", "num_seeds"),
+    *("offline_updates", "deployments"),
+)
+
 
 @dataclass
 class OfflineArgs:
-    """Of a script that learns from the offline data alone."""
+    """Of a script that learns from the offline data alone. A comment as the next one begins a group
+    of --help."""
 
+    # Data arguments
     env: str = "halfcheetah-medium"
     """task and data quality; or package.module:factory of a PettingZoo ParallelEnv, together with
     --dataset FILE"""
@@ -42,6 +54,7 @@ class OfflineArgs:
     """fewer offline transitions, for a quick look; default: the data's own size"""
     split: str | None = None
     """partition of the joints as AGENTSxJOINTS, such as 1x6 or 6x1; default: the task's own"""
+    # Training arguments
     seed: Natural = 1
     """first seed"""
     num_seeds: int = 1
@@ -54,6 +67,7 @@ class OfflineArgs:
     """offline updates between two evaluations"""
     eval_episodes: int = 10
     """episodes of every evaluation and seed, besides those of the deployments"""
+    # Run arguments
     checkpoint_every: int = 10_000
     """updates between two checkpoints, besides those at every deployment"""
     env_workers: Natural | None = None
@@ -95,6 +109,7 @@ class OfflineArgs:
 class OnlineArgs(OfflineArgs):
     """Of a script whose policies are deployed and fine-tuned."""
 
+    # Deployment arguments
     deployments: Natural = 10
     """K, the number of deployments"""
     deployment_steps: int | None = None
@@ -140,7 +155,7 @@ def parse(args_type: type, argv: list[str] | None = None, description: str | Non
     Raises:
         InputError: a count out of range, or a flag that differs from the resumed run's.
     """
-    args = tyro.cli(args_type, args=argv, description=description)
+    args = parse_flags(args_type, argv, description=description)
     if args.resume is not None:
         stored = runs.read_args(args.resume)
         try:
@@ -148,7 +163,7 @@ def parse(args_type: type, argv: list[str] | None = None, description: str | Non
         except TypeError:
             script = runs.read_record(args.resume).get("script", "another script")
             raise InputError(f"{args.resume} is a run of {script}, not of this script") from None
-        asked = tyro.cli(args_type, args=argv, default=stored)
+        asked = parse_flags(args_type, argv, default=stored)
         for field in dataclasses.fields(args_type):
             was, now = getattr(stored, field.name), getattr(asked, field.name)
             if was != now:
@@ -160,6 +175,47 @@ def parse(args_type: type, argv: list[str] | None = None, description: str | Non
     check_ranges(args)
     args.check()
     return args
+
+
+def parse_flags(args_type: type, argv: list[str] | None, description=None, default=None):
+    """The arguments of `argv`, those of `default` where it names none; --help in groups."""
+    default, hints = default or args_type(), get_type_hints(args_type, include_extras=True)
+    groups: dict[str, list] = {"day-one": []}
+    for name, (group, text) in described(args_type).items():
+        hint = Annotated[hints[name], tyro.conf.arg(help=text)]
+        field = name, hint, dataclasses.field(default=getattr(default, name))
+        groups.setdefault("day-one" if name in DAY_ONE else group, []).append(field)
+    groups["day-one"].sort(key=lambda field: DAY_ONE.index(field[0]))
+    groups["run"] = groups.pop("run", [])  # last
+    grouped = [
+        (group, tyro.conf.OmitArgPrefixes[dataclasses.make_dataclass(group.upper(), fields)])
+        for group, fields in ((re.sub(r"\W", "_", name), fields) for name, fields in groups.items())
+    ]
+    found = tyro.cli(
+        dataclasses.make_dataclass("Flags", grouped), args=argv, description=description
+    )
+    return args_type(**{k: v for group in vars(found).values() for k, v in vars(group).items()})
+
+
+def described(args_type: type) -> dict[str, tuple[str, str]]:
+    """The group and the help of each argument, from the source: the comment `# ... arguments` above
+    it and the string below."""
+    found: dict[str, tuple[str, str]] = {}
+    for each in filter(dataclasses.is_dataclass, reversed(args_type.__mro__)):
+        source = textwrap.dedent(inspect.getsource(each))
+        group, body = each.__name__.lower(), ast.parse(source).body[0].body
+        names = {field.name for field in dataclasses.fields(each)}
+        headings = re.compile(r"^    # (.+) arguments", re.MULTILINE)
+        for node, below in zip(body, [*body[1:], None], strict=True):
+            if not isinstance(node, ast.AnnAssign) or node.target.id not in names:
+                continue
+            above = "\n".join(source.splitlines()[: node.lineno])
+            group = [group, *(heading.lower() for heading in headings.findall(above))][-1]
+            was = found.get(node.target.id, (group, ""))
+            is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            text = " ".join(below.value.value.split()) if is_text else was[1]
+            found[node.target.id] = was[0], text
+    return {field.name: found[field.name] for field in dataclasses.fields(args_type)}
 
 
 def flag(name: str) -> str:

@@ -1,0 +1,40 @@
+"""The command line: what --help shows, and in which order."""
+
+import dataclasses
+import importlib
+import inspect
+import re
+import sys
+
+import pytest
+
+from common import cli
+from tests.helpers import every_script
+
+
+@every_script
+def test_help_shows_every_argument_once_in_groups_day_one_first(script, monkeypatch, capsys):
+    module = importlib.import_module(script)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as exit:
+        cli.cli(module.main, module.Args)
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    names = re.findall(r"^. (?:-h, )?--([a-z0-9-]+)", text, re.MULTILINE)
+    fields = [cli.flag(field.name)[2:] for field in dataclasses.fields(module.Args)]
+    assert sorted(names) == sorted([*fields, "help"])
+    assert names[1:9] == [cli.flag(name)[2:] for name in cli.DAY_ONE]
+    groups = re.findall(r"([\w-]+) options ", text)
+    assert groups[:4] == ["day-one", "data", "training", "deployment"]
+    assert groups[4] == "otc" and len(groups) == 7 and groups[6] == "run"
+
+
+@every_script
+def test_every_argument_is_explained_where_it_stands(script):
+    args_type = importlib.import_module(script).Args
+    for name, (_, text) in cli.described(args_type).items():
+        sources = [inspect.getsource(each) for each in args_type.__mro__[:-1]]
+        assert text and text.split()[0] in "".join(sources), name
+    exploration = cli.described(args_type)["exploration"]
+    assert exploration[0] == "deployment" and exploration[1].startswith("deployed agents")
