@@ -90,7 +90,7 @@ def read_checkpoint(folder: str, name: str, script: str) -> dict:
     except Exception as error:  # torch.load raises many kinds
         first_line = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a readable checkpoint: {first_line}") from None
-    if "strategy" not in checkpoint:
+    if "sampler" in checkpoint:
         raise InputError(f"{path} is of an earlier version; continue it with commit eca3235")
     if checkpoint["script"] != script:
         raise InputError(f"{folder} is a run of {checkpoint['script']}, not {script}")
