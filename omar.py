@@ -113,6 +113,20 @@ class Args(OnlineArgs):
 
     SAME_POLICY: ClassVar = (*OnlineArgs.SAME_POLICY, "critic", "value_unit")
 
+    def check(self) -> None:
+        """Refuse more elites than samples, and a centralised critic with the value distance."""
+        super().check()
+        if self.refit == "elite" and self.elites > self.sampler_samples:
+            raise InputError(
+                f"--elites {self.elites}: at most --sampler-samples {self.sampler_samples}"
+            )
+        needs_value = self.deployments and self.sampling == "otc" and self.distance == "value"
+        if self.critic == "centralised" and needs_value:
+            raise InputError(
+                "--critic centralised has no Q(s, a_i) for --distance value: use --distance "
+                "embedding or another --sampling"
+            )
+
 
 # The released code's coefficients: --omar-coefficient and --cql-alpha of each data set
 COEFFICIENTS = {
@@ -171,9 +185,6 @@ class OMAR(Learner):
     """G independent OMAR learners; losses are averaged over the batch and summed over G.
 
     A critic sees K agents, its own first: K = 1, or with --critic centralised the whole team.
-
-    Raises:
-        InputError: more elites than samples, or a centralised critic with the value distance.
     """
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, args: Args):
@@ -186,16 +197,6 @@ class OMAR(Learner):
             for value, default in zip(asked, published, strict=True)
         )
         is_centralised = args.critic == "centralised"
-        if args.refit == "elite" and args.elites > args.sampler_samples:
-            raise InputError(
-                f"--elites {args.elites}: at most --sampler-samples {args.sampler_samples}"
-            )
-        needs_value = args.deployments and args.sampling == "otc" and args.distance == "value"
-        if is_centralised and needs_value:
-            raise InputError(
-                "--critic centralised has no Q(s, a_i) for --distance value: use --distance "
-                "embedding or another --sampling"
-            )
         N = G // args.num_seeds
         K = N if is_centralised else 1
         sizes = (G, obs_dim, action_dim, args.hidden_size)
