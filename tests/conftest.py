@@ -6,6 +6,23 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
 from common.device import multiply_by_onednn  # noqa: E402
+from tests.tiny_task import write_data, write_discrete_data  # noqa: E402
 
 multiply_by_onednn()
+no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_cuda])])
+def device(request):
+    torch.manual_seed(0)
+    return request.param
+
+
+@pytest.fixture
+def data(tmp_path):
+    write_discrete_data(tmp_path / "steps.hdf5")
+    return write_data(tmp_path / "point.hdf5")

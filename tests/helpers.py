@@ -1,12 +1,22 @@
-"""Random data, a brute-force network and closed forms that the scripts' tests share."""
+"""Random data, brute force, closed forms, tiny runs and tests of draws that several tests share."""
 
+import contextlib
 import importlib
+import signal
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from common import cli
 from common.datasets import TeamDataset
+from tests.tiny_task import DISCRETE_ENV, ENV
+
+ROOT = Path(__file__).parent.parent
 
 OBS_DIM, ACTION_DIM = 5, 2
 
@@ -189,3 +199,127 @@ def assert_same(one, other, where="state"):
         torch.testing.assert_close(one, other, **same, msg=lambda text: f"{where}: {text}")
     else:
         assert one == other or (one != one and other != other), where  # or both nan
+
+
+# --- Whole runs on the tiny task ---
+
+QUICK = (
+    "--offline-updates 60 --deployments 2 --deployment-steps 60 --finetune-updates 20 "
+    "--candidates 32 --references 40 --batch-size 16 --eval-every 30 --hidden-size 16 "
+    "--distance-candidates 100 --device cpu"
+).split()
+
+
+def tiny(script):
+    return [*QUICK, *SCRIPTS[script][1].split()]
+
+
+def for_learner(script, argv):
+    """The arguments as text; those of the tiny task are its discrete twin's where need be."""
+    argv = [str(each) for each in argv]
+    if script == "otc_cql_discrete":
+        argv = [DISCRETE_ENV if each == ENV else each for each in argv]
+        argv = [each.replace("point.hdf5", "steps.hdf5") for each in argv]
+    return argv
+
+
+def run(monkeypatch, script, *argv):
+    """Run a script in this process; its signal handlers go with it."""
+    module = importlib.import_module(script)
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *for_learner(script, argv)])
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        cli.cli(module.main, module.Args)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def only(folder, pattern="*"):
+    (found,) = Path(folder).glob(pattern)
+    return found
+
+
+def logged(folder):
+    """{tag: events} of a run's TensorBoard."""
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
+
+
+def logged_steps(folder):
+    """{tag: steps} of a run's TensorBoard, as often as they are there."""
+    return {tag: [event.step for event in events] for tag, events in logged(folder).items()}
+
+
+def scalars(folder):
+    """{tag: {step: value}} of a run's TensorBoard."""
+    return {tag: {e.step: e.value for e in events} for tag, events in logged(folder).items()}
+
+
+# --- Draws ---
+
+
+def array(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()
+
+
+def assert_frequencies(index, probabilities, z: float = 5.0) -> None:
+    """Chi-square test (Wilson and Hilferty's approximation) of draws against probabilities."""
+    index, expected = np.ravel(index), np.asarray(probabilities, np.float64)
+    expected = expected / expected.sum() * index.size
+    observed = np.bincount(index, minlength=expected.size)
+    assert observed.size == expected.size
+    assert not observed[expected == 0].any()
+    # Neighbouring bins, sorted by size, are merged until each expects 8 or more.
+    order = np.argsort(-expected, kind="stable")
+    bins = np.floor(np.cumsum(np.minimum(expected[order], 8)) / 8 - 1e-9).astype(int)
+    bins = np.minimum(bins, max(0, int(expected.sum() // 8) - 1))
+    observed = np.bincount(bins, observed[order])
+    expected = np.bincount(bins, expected[order])
+    observed, expected = observed[expected > 0], expected[expected > 0]
+    freedom = len(expected) - 1
+    assert freedom > 0, "too few draws for a test"
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    limit = freedom * (1 - 2 / (9 * freedom) + z * np.sqrt(2 / (9 * freedom))) ** 3
+    assert statistic < limit, f"chi-square {statistic:.1f} at {freedom} degrees of freedom"
+
+
+class Watch(TorchDispatchMode):
+    """Records the largest tensor made, and raises at operations that would wait for the host on
+    CUDA."""
+
+    WAITS = ("local_scalar_dense", "nonzero", "masked_select", "unique2", "unique_dim", "equal")
+    TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0].lstrip("_")
+        waits = name in self.WAITS or self.TAGS & set(func.tags)
+        if name in ("index", "index_put", "index_put_"):  # by a mask
+            waits = any(i is not None and i.dtype == torch.bool for i in args[1])
+        assert not waits, f"{name} waits for the host"
+        results = func(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else (results,):
+            if isinstance(result, torch.Tensor) and result.untyped_storage().nbytes():
+                held = result.untyped_storage().nbytes() // result.element_size()
+                self.largest = max(self.largest, held)
+        return results
+
+
+@contextlib.contextmanager
+def no_host_waits(device):
+    """Fails where the code waits for the host: by CUDA's debug mode, on CPU by the operations
+    used."""
+    if device == "cpu":
+        with Watch():
+            yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from common import loop
-from tests.helpers import ACTION_DIM, OBS_DIM, every_script, make
-from tests.test_scripts import data, only, run, scalars, tiny  # noqa: F401
+from tests.helpers import ACTION_DIM, OBS_DIM, every_script, make, only, run, scalars, tiny
 from tests.tiny_task import ENV
 
 

@@ -15,6 +15,7 @@ from tests.helpers import (
     SCRIPTS,
     WITH_SCALES,
     WITH_TARGETS,
+    Watch,
     add_deployment,
     assert_same,
     every_script,
@@ -24,7 +25,6 @@ from tests.helpers import (
     update,
     update_number,
 )
-from tests.test_sampler import Watch
 
 
 @every_script

@@ -9,8 +9,15 @@ import torch
 
 from common.datasets import TeamDataset
 from common.replay import Replay
-from tests.helpers import ACTION_DIM, OBS_DIM, add_deployment, random_team
-from tests.test_sampler import array, assert_frequencies, device, no_host_waits  # noqa: F401
+from tests.helpers import (
+    ACTION_DIM,
+    OBS_DIM,
+    add_deployment,
+    array,
+    assert_frequencies,
+    no_host_waits,
+    random_team,
+)
 
 S, N, K, M = 2, 2, 3, 5  # seeds, agents, deployments, steps of each
 OFFLINE, OBS, ACTION = 7, 4, 3

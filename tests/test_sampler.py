@@ -1,14 +1,12 @@
 """Sampler: brute force in numpy (float64), chi-square tests of what is drawn, edge cases, memory,
 no host waits."""
 
-import contextlib
 import itertools
 import warnings
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import sampler
 from common.sampler import (
@@ -24,15 +22,10 @@ from common.sampler import (
     usable,
 )
 from common.strategies import Priorities
+from tests.helpers import Watch, array, assert_frequencies, no_host_waits
 
 NAN, INF = float("nan"), float("inf")
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, no_cuda])])
-def device(request):
-    torch.manual_seed(0)
-    return request.param
 
 
 @pytest.fixture
@@ -44,75 +37,10 @@ def to(array, device) -> torch.Tensor:
     return torch.tensor(np.asarray(array), dtype=torch.float32, device=device)
 
 
-def array(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.cpu().numpy()
-
-
-def assert_frequencies(index, probabilities, z: float = 5.0) -> None:
-    """Chi-square test (Wilson and Hilferty's approximation) of draws against probabilities."""
-    index, expected = np.ravel(index), np.asarray(probabilities, np.float64)
-    expected = expected / expected.sum() * index.size
-    observed = np.bincount(index, minlength=expected.size)
-    assert observed.size == expected.size
-    assert not observed[expected == 0].any()
-    # Neighbouring bins, sorted by size, are merged until each expects 8 or more.
-    order = np.argsort(-expected, kind="stable")
-    bins = np.floor(np.cumsum(np.minimum(expected[order], 8)) / 8 - 1e-9).astype(int)
-    bins = np.minimum(bins, max(0, int(expected.sum() // 8) - 1))
-    observed = np.bincount(bins, observed[order])
-    expected = np.bincount(bins, expected[order])
-    observed, expected = observed[expected > 0], expected[expected > 0]
-    freedom = len(expected) - 1
-    assert freedom > 0, "too few draws for a test"
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    limit = freedom * (1 - 2 / (9 * freedom) + z * np.sqrt(2 / (9 * freedom))) ** 3
-    assert statistic < limit, f"chi-square {statistic:.1f} at {freedom} degrees of freedom"
-
-
 def rank_law(alpha: float, num_ranks: int) -> np.ndarray:
     """Equation (3) as written."""
     weights = np.arange(1, num_ranks + 1, dtype=np.float64) ** -alpha
     return weights / weights.sum()
-
-
-class Watch(TorchDispatchMode):
-    """Records the largest tensor made, and raises at operations that would wait for the host on
-    CUDA."""
-
-    WAITS = ("local_scalar_dense", "nonzero", "masked_select", "unique2", "unique_dim", "equal")
-    TAGS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
-
-    def __init__(self):
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.__name__.split(".")[0].lstrip("_")
-        waits = name in self.WAITS or self.TAGS & set(func.tags)
-        if name in ("index", "index_put", "index_put_"):  # by a mask
-            waits = any(i is not None and i.dtype == torch.bool for i in args[1])
-        assert not waits, f"{name} waits for the host"
-        results = func(*args, **(kwargs or {}))
-        for result in results if isinstance(results, (tuple, list)) else (results,):
-            if isinstance(result, torch.Tensor) and result.untyped_storage().nbytes():
-                held = result.untyped_storage().nbytes() // result.element_size()
-                self.largest = max(self.largest, held)
-        return results
-
-
-@contextlib.contextmanager
-def no_host_waits(device):
-    """Fails where the code waits for the host: by CUDA's debug mode, on CPU by the operations
-    used."""
-    if device == "cpu":
-        with Watch():
-            yield
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # --- Best match ---

@@ -15,9 +15,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from common import cli, loop, runs
+from common import loop, runs
 from common.device import Graphed
 from common.replay import Replay
 from tests.helpers import (
@@ -25,72 +24,18 @@ from tests.helpers import (
     WITH_SCALES,
     assert_same,
     every_script,
+    for_learner,
+    logged_steps,
+    only,
+    run,
+    scalars,
+    tiny,
 )
-from tests.tiny_task import DISCRETE_ENV, ENV, write_data, write_discrete_data
+from tests.tiny_task import ENV
 
 ROOT = Path(__file__).parent.parent
 
-QUICK = (
-    "--offline-updates 60 --deployments 2 --deployment-steps 60 --finetune-updates 20 "
-    "--candidates 32 --references 40 --batch-size 16 --eval-every 30 --hidden-size 16 "
-    "--distance-candidates 100 --device cpu"
-).split()
-
-
-def tiny(script):
-    return [*QUICK, *SCRIPTS[script][1].split()]
-
-
 # --- Runs ---
-
-
-@pytest.fixture
-def data(tmp_path):
-    write_discrete_data(tmp_path / "steps.hdf5")
-    return write_data(tmp_path / "point.hdf5")
-
-
-def for_learner(script, argv):
-    """The arguments as text; those of the tiny task are its discrete twin's where need be."""
-    argv = [str(each) for each in argv]
-    if script == "otc_cql_discrete":
-        argv = [DISCRETE_ENV if each == ENV else each for each in argv]
-        argv = [each.replace("point.hdf5", "steps.hdf5") for each in argv]
-    return argv
-
-
-def run(monkeypatch, script, *argv):
-    """Run a script in this process; its signal handlers go with it."""
-    module = importlib.import_module(script)
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *for_learner(script, argv)])
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        cli.cli(module.main, module.Args)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def only(folder, pattern="*"):
-    (found,) = Path(folder).glob(pattern)
-    return found
-
-
-def logged(folder):
-    """{tag: events} of a run's TensorBoard."""
-    accumulator = EventAccumulator(str(folder))
-    accumulator.Reload()
-    return {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
-
-
-def logged_steps(folder):
-    """{tag: steps} of a run's TensorBoard, as often as they are there."""
-    return {tag: [event.step for event in events] for tag, events in logged(folder).items()}
-
-
-def scalars(folder):
-    """{tag: {step: value}} of a run's TensorBoard."""
-    return {tag: {e.step: e.value for e in events} for tag, events in logged(folder).items()}
 
 
 EMBEDDING = ["--sampling", "otc", "--distance", "embedding"]

@@ -13,7 +13,7 @@ from common import InputError
 from common.behaviours import battles, teams
 from common.datasets import BUILT_IN_SIZES, load, parse_env
 from common.envs import SMAX_MAPS, TASKS, make_vec, parallel_env, win_rate
-from tests.test_scripts import ROOT, only, run
+from tests.helpers import ROOT, only, run
 
 TASK = "5m_vs_6m"
 needs_smax = pytest.mark.skipif(
