@@ -1,6 +1,7 @@
 """Random data, brute force, closed forms, tiny runs and tests of draws that several tests share."""
 
 import contextlib
+import dataclasses
 import importlib
 import signal
 import sys
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import cli
 from common.datasets import TeamDataset
+from common.nets import Learner
 from tests.tiny_task import DISCRETE_ENV, ENV
 
 ROOT = Path(__file__).parent.parent
@@ -125,26 +127,38 @@ def linear_quadratic_error(agent, num_updates, num_last, kind_of=None):
 
 # --- The scripts ---
 
-# Name of the learner, flags that make a run tiny, and the steps that each of the learner's
-# optimisers then makes in 60 offline updates and twice 20
-SCRIPTS = {
-    "otc_bcq": ("BCQ", "--num-act-actions 5", [100, 100, 100]),
-    "otc_awac": ("AWAC", "", [100, 100]),
-    "otc_cql": ("CQL", "--num-penalty-actions 3", [100, 100, 100, 0]),
-    "otc_td3bc": ("TD3BC", "--policy-delay 3", [100, 20 + 6 + 6]),
-    "otc_bremen": (
-        "BREMEN",
-        "--num-models 2 --clone-updates 40 --improve-every 10 --rollouts 8 --rollout-length 4 "
-        "--value-updates 3 --cg-iterations 3",
-        [100, 40 + (2 + 2 + 2) * 3, 40],
-    ),
-    "omar": ("OMAR", "--sampler-samples 3 --num-penalty-actions 3", [100, 100]),
-    "icq": ("ICQ", "", [100, 100]),
-    "otc_cql_discrete": ("DiscreteCQL", "", [100]),
+# Flags that make a run of a script tiny, beside those of `tiny`; a script without a row needs none
+FLAGS = {
+    "otc_bcq": "--num-act-actions 5",
+    "otc_cql": "--num-penalty-actions 3",
+    "otc_td3bc": "--policy-delay 3",
+    "otc_bremen": "--num-models 2 --clone-updates 40 --improve-every 10 --rollouts 8 "
+    "--rollout-length 4 --value-updates 3 --cg-iterations 3",
+    "omar": "--sampler-samples 3 --num-penalty-actions 3",
 }
+
+
+def learner_of(script: str) -> type[Learner]:
+    """The one learner that a script defines."""
+    module = importlib.import_module(script)
+    (learner,) = (
+        each
+        for each in vars(module).values()
+        if isinstance(each, type) and issubclass(each, Learner) and each.__module__ == script
+    )
+    return learner
+
+
+# Name of each script's learner, and its flags; found by themselves
+SCRIPTS = {
+    path.stem: (learner_of(path.stem).__name__, FLAGS.get(path.stem, ""))
+    for path in sorted(ROOT.glob("*.py"))
+}
+WITH_OTC = [script for script in SCRIPTS if hasattr(importlib.import_module(script), "OTC")]
 every_script = pytest.mark.parametrize("script", SCRIPTS)
+every_otc_script = pytest.mark.parametrize("script", WITH_OTC)
 # Those with twin critics and their targets, and those whose observations are numbers with a scale
-WITH_TARGETS = [script for script in SCRIPTS if script != "otc_bremen"]
+WITH_TARGETS = [script for script in WITH_OTC if script != "otc_bremen"]
 WITH_SCALES = ["otc_awac", "otc_cql", "otc_td3bc", "omar", "icq"]
 
 
@@ -157,7 +171,7 @@ def make(script, G, device="cpu", **options):
         options |= {"rollouts": 8, "rollout_length": 4, "value_updates": 3, "cg_iterations": 4}
     args = module.Args(hidden_size=16, batch_size=16, **options)
     with torch.device(device):
-        agent = getattr(module, SCRIPTS[script][0])(G, OBS_DIM, ACTION_DIM, args)
+        agent = learner_of(script)(G, OBS_DIM, ACTION_DIM, args)
     kind_of = None
     if hasattr(agent, "kind"):
 
@@ -203,15 +217,26 @@ def assert_same(one, other, where="state"):
 
 # --- Whole runs on the tiny task ---
 
-QUICK = (
-    "--offline-updates 60 --deployments 2 --deployment-steps 60 --finetune-updates 20 "
-    "--candidates 32 --references 40 --batch-size 16 --eval-every 30 --hidden-size 16 "
-    "--distance-candidates 100 --device cpu"
-).split()
+QUICK = {
+    "--offline-updates": 60,
+    "--eval-every": 30,
+    "--batch-size": 16,
+    "--hidden-size": 16,
+    "--device": "cpu",
+    "--deployments": 2,
+    "--deployment-steps": 60,
+    "--finetune-updates": 20,
+    "--candidates": 32,
+    "--references": 40,
+    "--distance-candidates": 100,
+}
 
 
 def tiny(script):
-    return [*QUICK, *SCRIPTS[script][1].split()]
+    """Flags of a run of a second or two, those of QUICK that the script has."""
+    names = {field.name for field in dataclasses.fields(importlib.import_module(script).Args)}
+    quick = ((k, str(v)) for k, v in QUICK.items() if k[2:].replace("-", "_") in names)
+    return [*(text for pair in quick for text in pair), *SCRIPTS[script][1].split()]
 
 
 def for_learner(script, argv):

@@ -6,63 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from common import loop
-from tests.helpers import ACTION_DIM, OBS_DIM, every_script, make, only, run, scalars, tiny
+from tests.helpers import ACTION_DIM, OBS_DIM, every_otc_script, make, only, run, scalars, tiny
 from tests.tiny_task import ENV
 
 
-class Counting:
-    """An environment that ends its episodes after seven steps, and says who acted how."""
-
-    num_agents, obs_dim, action_dim, max_episode_steps = 3, 1, 2, 7
-
-    def __init__(self, num_envs):
-        self.num_envs, self.time, self.seen = num_envs, 0, []
-
-    def reset(self, seed):
-        return np.zeros((self.num_envs, 3, 1), np.float32)
-
-    def to_box(self, actions):
-        return actions
-
-    def step(self, actions):
-        self.seen.append(actions[:, :, 0].copy())
-        self.time += 1
-        obs, no = self.reset(None), np.zeros(self.num_envs, bool)
-        return obs, np.ones(self.num_envs, np.float32), no, no | (self.time % 7 == 0), obs
-
-
-class Marking:
-    """Acts 0, explores 1."""
-
-    def act(self, obs):
-        return torch.zeros(len(obs), obs.shape[1], 2)
-
-    def explore(self, obs):
-        return torch.ones(len(obs), obs.shape[1], 2)
-
-
-@pytest.mark.parametrize("steps", [30, 31, 2])
-@pytest.mark.parametrize("exploration", ["none", "sequential"])
-def test_one_agent_at_a_time_explores_for_its_share_of_exactly_m_steps(exploration, steps):
-    envs = Counting(num_envs=2)
-    found, returns = loop.collect(envs, Marking(), steps, 0, torch.device("cpu"), exploration)
-    seen = np.stack(envs.seen)  # (steps, S, N)
-    assert len(seen) == steps and (found["actions"][..., 0].swapaxes(0, 1) == seen).all()
-    assert returns == [[7.0] * len(range(0, max(1, steps - 6), 7)) if steps > 6 else []] * 2
-    assert found["explorer"].shape == (2, steps) and found["explorer"].dtype == np.int8
-    if exploration == "none":
-        assert not seen.any() and (found["explorer"] == -1).all()
-        return
-    assert (seen.sum(axis=2) == 1).all()
-    assert (found["explorer"].T == seen.argmax(axis=2)).all()
-    explorer = found["explorer"][0].astype(int)
-    assert (np.diff(explorer) >= 0).all()  # in turn
-    shares = np.bincount(explorer, minlength=3)
-    assert shares.max() - shares.min() <= 1
-
-
-@every_script
+@every_otc_script
 def test_exploring_is_random_in_the_box_and_leaves_the_learner_as_it_is(script):
     torch.manual_seed(1)
     options = {"epsilon": 0.5} if script == "otc_cql_discrete" else {}
@@ -86,7 +34,7 @@ def test_gaussian_exploration_has_its_standard_deviation(script):
     assert noise.std().item() == pytest.approx(0.05, rel=0.03)
 
 
-@every_script
+@every_otc_script
 def test_a_run_that_explores_judges_its_policies_without(
     tmp_path,
     monkeypatch,

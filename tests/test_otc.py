@@ -1,0 +1,199 @@
+"""OTC's draw, which every script holds a copy of, and what it is compared with; on BCQ."""
+
+import numpy as np
+import pytest
+import torch
+
+from common import strategies
+from common.replay import Replay
+from otc_bcq import BCQ, OTC, Args
+from tests.helpers import (
+    ACTION_DIM,
+    OBS_DIM,
+    add_deployment,
+    random_team,
+)
+
+
+def strategy_of(replay, args):
+    return strategies.make(replay, args, OTC)
+
+
+@pytest.mark.parametrize("distance", ["embedding", "value"])
+def test_transition_distance_equals_its_definition(distance):
+    torch.manual_seed(0)
+    args = Args(distance=distance, num_value_actions=1, references=30, candidates=20)
+    replay = Replay(random_team(), 2, 2, 40)
+    agent = BCQ(4, OBS_DIM, ACTION_DIM, args)
+    agent.value = lambda obs: obs.sum(2) + 2.0  # known, and without noise
+    transitions = strategy_of(replay, args)
+    for k in (1, 2):
+        add_deployment(replay, seed=k)
+        replay.terminations[0, 600:] = (torch.rand(160) < 0.3).float()
+        transitions.start_deployment(agent, k)
+    b, d = replay.draw_merged(20), replay.draw_latest(30)
+    found = transitions.transition_distance(agent, b, d)
+    B, D, num_ends = replay.gather(b), replay.gather(d), 0
+    with torch.no_grad():
+        for g in range(4):
+            if distance == "embedding":
+                e = transitions.embedding.encode(B["obs"], B["actions"], B["next_obs"])[0][g]
+                e_star = transitions.embedding.encode(D["obs"], D["actions"], D["next_obs"])[0][g]
+                expected = (e[:, None] - e_star[None]).abs().sum(2).min(1).values
+            else:
+                q = agent.q_value(B["obs"], B["actions"])[g]
+                q_star = agent.q_value(D["obs"], D["actions"])[g]
+                v, v_star = (agent.value(x["next_obs"])[g] for x in (B, D))
+                match = (q[:, None] - q_star[None]).abs().argmin(1)
+                ends = (B["terminations"][g] > 0) | (D["terminations"][g][match] > 0)
+                v_star = v_star[match]
+                expected = (v / v[~ends].mean() - v_star / v_star[~ends].mean()).abs()
+                # Not ranked: somewhere among the others' distances
+                num_ends += int(ends.sum())
+                assert (found[g][ends] <= 2 * expected[~ends].max()).all()
+                expected[ends] = found[g][ends]
+            torch.testing.assert_close(found[g], expected, rtol=1e-4, atol=1e-5)
+    assert num_ends > 5 or distance == "embedding"
+
+
+def test_a_failed_deployment_does_not_make_low_values_rank_first():
+    """Online values far below the offline ones: the draw does not turn to what is worth little."""
+    torch.manual_seed(0)
+    args = Args(references=200, candidates=512)
+    replay = Replay(random_team(n=4000), 1, 1, 200)
+    add_deployment(replay)
+    agent = BCQ(2, OBS_DIM, ACTION_DIM, args)
+    # Q(s, a) = V(s') = 50 + 10 obs[0] offline, and 30 less online
+    online = torch.zeros(replay.num_rows, dtype=torch.bool)
+    online[replay.num_offline :] = True
+    replay.obs[0, :, 0] = 50 + 10 * replay.obs[0, :, 0] - 30 * online
+    replay.next_obs[0, :, 0] = replay.obs[0, :, 0]
+    agent.q_value = lambda obs, actions: obs[..., 0]
+    agent.value = lambda obs: obs[..., 0]
+    transitions = strategy_of(replay, args)
+    drawn = [replay.gather(transitions.draw(agent))["next_obs"][..., 0] for _ in range(20)]
+    usual = replay.gather(replay.draw_merged(5000))["next_obs"][..., 0].mean()
+    assert abs(torch.cat(drawn, 1).mean() - usual) < 8  # 24 with a mean over all of D
+
+
+@pytest.mark.parametrize("value_of_ends", [0.0, 1e3])
+def test_ends_are_drawn_as_often_as_chance_would(value_of_ends):
+    """V of a state from which nothing follows says nothing, whatever it is."""
+    torch.manual_seed(0)
+    args = Args(references=200, candidates=512, adaptive_alpha=False, alpha=2.0)
+    replay = Replay(random_team(n=4000), 1, 1, 200)
+    add_deployment(replay)
+    replay.terminations[0] = (torch.rand(replay.num_rows) < 0.1).float()
+    replay.next_obs[0, :, 0] = torch.where(
+        replay.terminations[0] > 0, value_of_ends, 5 + torch.rand(replay.num_rows)
+    )
+    agent = BCQ(2, OBS_DIM, ACTION_DIM, args)
+    agent.q_value = lambda obs, actions: obs[..., 0]
+    agent.value = lambda obs: obs[..., 0]
+    transitions = strategy_of(replay, args)
+    drawn = [replay.gather(transitions.draw(agent))["terminations"] for _ in range(300)]
+    assert abs(torch.cat(drawn).mean() - replay.terminations.mean()) < 0.02
+
+
+def test_a_match_that_ends_its_episode_does_not_rank_its_candidate():
+    """Half of the candidates have the Q of online ends, whose V is like theirs or unlike anything;
+    the others' matches agree a bit. Neither shall come first."""
+    torch.manual_seed(0)
+    args = Args(references=200, candidates=512, adaptive_alpha=False, alpha=2.0)
+    replay = Replay(random_team(n=4000), 1, 1, 200)
+    add_deployment(replay)
+    side = (torch.rand(replay.num_rows) < 0.5).float()
+    replay.obs[0, :, 0] = side  # Q
+    replay.terminations[0, :4000] = 0
+    replay.terminations[0, 4000:] = side[4000:]
+    for value_of_ends in (5.5, 1e3):
+        replay.next_obs[0, :, 0] = 5 + torch.rand(replay.num_rows)
+        replay.next_obs[0, 4000:, 0] += side[4000:] * (value_of_ends - 5.5)
+        agent = BCQ(2, OBS_DIM, ACTION_DIM, args)
+        agent.q_value = lambda obs, actions: obs[..., 0]
+        agent.value = lambda obs: obs[..., 0]
+        transitions = strategy_of(replay, args)
+        drawn = [replay.gather(transitions.draw(agent))["obs"][..., 0] for _ in range(300)]
+        assert abs(torch.cat(drawn).mean() - 0.5) < 0.03
+
+
+def test_self_matches_have_distance_zero_unless_excluded():
+    torch.manual_seed(0)
+    replay = Replay(random_team(), 1, 1, 40)
+    add_deployment(replay)
+    latest = replay.draw_latest(40)
+    for exclude in (False, True):
+        args = Args(distance="embedding", exclude_self_matches=exclude)
+        transitions = strategy_of(replay, args)
+        transitions.start_deployment(None, 1)
+        distance = transitions.transition_distance(None, latest, latest)
+        assert (distance > 1e-4).all() if exclude else (distance < 1e-4).all()
+
+
+def test_alpha_telescopes_over_deployments():
+    """Equation (4): after K deployments alpha is the last mean distance over the first."""
+    torch.manual_seed(0)
+    replay = Replay(random_team(), 1, 4, 40)
+    agent = BCQ(2, OBS_DIM, ACTION_DIM, Args())
+    transitions = strategy_of(replay, Args(distance_candidates=200))
+    distances = []
+    for k in range(1, 5):
+        add_deployment(replay, seed=k)
+        transitions.start_deployment(agent, k)
+        distances.append(transitions.mean_distance.clone())
+    torch.testing.assert_close(transitions.alpha, distances[-1] / distances[0])
+
+
+def test_the_mean_distance_is_exact_where_all_data_enters_it():
+    torch.manual_seed(0)
+    replay = Replay(random_team(), 1, 1, 40)
+    add_deployment(replay)
+    transitions = strategy_of(replay, Args(distance="embedding", distance_candidates=640))
+    transitions.start_deployment(None, 1)
+    data = replay.gather(torch.arange(640).expand(2, -1))
+    with torch.no_grad():
+        e, _ = transitions.embedding.encode(data["obs"], data["actions"], data["next_obs"])
+    nearest = (e[:, :, None] - e[:, None, 600:]).abs().sum(3).min(2).values
+    torch.testing.assert_close(transitions.mean_distance, nearest.mean(1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sampling", ["otc", "uniform", "balanced", "online", "offline"])
+def test_strategies_draw_what_they_say(sampling):
+    torch.manual_seed(0)
+    args = Args(sampling=sampling, batch_size=64, candidates=100, references=30)
+    replay = Replay(random_team(), 1, 2, 40)
+    agent = BCQ(2, OBS_DIM, ACTION_DIM, args)
+    transitions = strategy_of(replay, args)
+    for k in (1, 2):
+        add_deployment(replay, seed=k)
+        transitions.start_deployment(agent, k)
+    draws = [replay.is_online(transitions.draw(agent)).float().mean() for _ in range(50)]
+    share = torch.stack(draws).mean()
+    expected = {"uniform": 80 / 680, "online": 1, "offline": 0}
+    if sampling in expected:
+        assert share.item() == pytest.approx(expected[sampling], abs=0.02)
+    elif (
+        sampling == "balanced"
+    ):  # half the mass at first; here, where the ratio is 1, less and less
+        assert draws[0].item() == pytest.approx(0.5, abs=0.15)
+        assert 80 / 680 < share < 0.4
+    else:  # self-matches come first
+        assert share > 80 / 680
+
+
+def test_balanced_replay_prefers_what_looks_online():
+    """Offline data of two clusters, online data in one of them."""
+    torch.manual_seed(0)
+    team = random_team(n=1000)
+    team.obs[:500] += 4.0
+    replay = Replay(team, 1, 1, 100)
+    random = np.random.default_rng(0)
+    obs = (random.normal(size=(1, 100, 2, OBS_DIM)) + 4.0).astype(np.float32)
+    actions = random.uniform(-1, 1, (1, 100, 2, ACTION_DIM)).astype(np.float32)
+    replay.add(obs, actions, np.zeros((1, 100)), obs, np.zeros((1, 100), bool))
+    transitions = strategy_of(replay, Args(sampling="balanced"))
+    transitions.start_deployment(None, 1)
+    for _ in range(200):
+        index = transitions.draw(None)
+    offline = index[index < 1000]
+    assert (offline < 500).float().mean() > 0.75
