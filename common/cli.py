@@ -9,6 +9,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Annotated, ClassVar, Literal, get_args, get_type_hints
 
 import torch
@@ -80,6 +81,14 @@ class OfflineArgs:
     and stalls the first wherever it has to wait for its core"""
     cuda_graph: bool = True
     """on CUDA, capture the whole update in one graph"""
+    log_every: int = 500
+    """updates between two rows of losses, besides that at the end of every phase"""
+    track: bool = False
+    """also log to Weights & Biases (pip install wandb)"""
+    wandb_project_name: str = "otc"
+    """its project"""
+    wandb_entity: str | None = None
+    """its team; default: your own"""
     run_dir: str = "runs"
     """folder of the run folders"""
     resume: str | None = None
@@ -103,6 +112,8 @@ class OfflineArgs:
         """
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device cuda: no CUDA device is available; use --device cpu or auto")
+        if self.track and find_spec("wandb") is None:
+            raise InputError("--track needs Weights & Biases: pip install wandb")
 
 
 @dataclass
@@ -118,8 +129,8 @@ class OnlineArgs(OfflineArgs):
     """deployed agents only exploit, or each in turn explores for an equal share of the M steps; the
     evaluations never explore"""
     offline_checkpoint: str | None = None
-    """run folder whose offline policy to start the deployments from, instead of training one; its
-    own number of offline updates counts, not this one's"""
+    """run folder whose offline policy to start the deployments from, instead of training one, with
+    its arguments of data, training and algorithm where no others are given"""
 
     def check(self) -> None:
         super().check()
@@ -156,6 +167,8 @@ def parse(args_type: type, argv: list[str] | None = None, description: str | Non
         InputError: a count out of range, or a flag that differs from the resumed run's.
     """
     args = parse_flags(args_type, argv, description=description)
+    if args.resume is None and args.offline_checkpoint is not None:
+        args = parse_flags(args_type, argv, default=with_those_of(args, args.offline_checkpoint))
     if args.resume is not None:
         stored = runs.read_args(args.resume)
         try:
@@ -216,6 +229,17 @@ def described(args_type: type) -> dict[str, tuple[str, str]]:
             text = " ".join(below.value.value.split()) if is_text else was[1]
             found[node.target.id] = was[0], text
     return {field.name: found[field.name] for field in dataclasses.fields(args_type)}
+
+
+def with_those_of(args, folder: str):
+    """The arguments, of which those of data, training and algorithm are an earlier run's."""
+    own = {"finetune_updates", "distance"}  # say how the policy is tuned, not what it is
+    its, taken = runs.read_args(folder), {}
+    for name, (group, _) in described(type(args)).items():
+        is_policys = group not in ("deployment", "otc", "run") and name not in own
+        if name in its and (is_policys or name in args.SAME_POLICY):
+            taken[name] = its[name]
+    return dataclasses.replace(args, **taken)
 
 
 def flag(name: str) -> str:

@@ -99,11 +99,12 @@ class Training:
         before = runs.updates_before(args, self.phase)
         for number in run.updates(name, self.done, stop, before):
             losses, self.done = self.captured(number), number
-            if number % runs.LOG_EVERY == 0:
+            if number % args.log_every == 0 or number == stop:
                 run.log_losses(losses, before + number)
                 if hasattr(agent, "value"):
-                    obs = replay.gather(replay.draw_offline(args.batch_size))["obs"]
-                    value = agent.value(obs).mean(1).view(self.shape)
+                    with runs.kept_rng_state(self.device):  # what is logged changes no run
+                        obs = replay.gather(replay.draw_offline(args.batch_size))["obs"]
+                        value = agent.value(obs).mean(1).view(self.shape)
                     run.log({"otc/value_mean": value}, before + number)
             if offline and number % args.eval_every == 0:
                 run.record_offline(number, self.evaluate(0))

@@ -9,19 +9,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from common import InputError
 from common.datasets import is_omar, parse_env
 from common.envs import normalized_score, win_rate
-
-LOG_EVERY = 500  # updates between two rows of losses
-
 
 # --- Files ---
 
@@ -138,7 +137,31 @@ def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+@contextmanager
+def kept_rng_state(device: torch.device) -> Iterator[None]:
+    """Draws inside leave the generators as they were."""
+    state = get_rng_state(device)
+    yield
+    set_rng_state(state, device)
+
+
 # --- Run ---
+
+
+def strategy_name(args: dict) -> str:
+    """How a run's updates draw their transitions, from its arguments: otc-value, otc-embedding, or
+    another --sampling, with what differs from OTC's defaults; pi0 where nothing is deployed."""
+    if not args.get("deployments"):
+        return "pi0"
+    if args["sampling"] != "otc":
+        parts = [args["sampling"]]
+    else:
+        parts = ["otc", args["distance"]]
+        parts += [] if args["adaptive_alpha"] else [f"alpha{args['alpha']:g}"]
+        parts += [] if args["alpha_max"] is None else [f"max{args['alpha_max']:g}"]
+        parts += ["no-self-matches"] if args["exclude_self_matches"] else []
+        parts += [] if args["replacement"] else ["no-replacement"]
+    return "-".join(parts + (["exploring"] if args.get("exploration", "none") != "none" else []))
 
 
 def updates_before(args, phase: int) -> int:
@@ -154,7 +177,7 @@ def spread(returns: list[list[float]]) -> str:
 
 
 class Run:
-    """One folder per seed: `{run_dir}/{env}__{script}__{seed}__{time}/`.
+    """One folder per seed: `{run_dir}/{env}__{script}__{strategy}__{seed}__{time}/`.
 
     Args:
         args: the script's arguments.
@@ -175,26 +198,27 @@ class Run:
             self.rows = checkpoint["rows"]
         else:
             self.folders = self._make_folders()
+        if args.track:
+            self._track()
         purge_step = None
         if checkpoint is not None:  # what updates logged after it is made again
             phase, done = checkpoint["progress"]
             purge_step = updates_before(args, phase) + done + 1
         self.writers = [SummaryWriter(str(f), purge_step=purge_step) for f in self.folders]
         if checkpoint is None:
-            table = "\n".join(f"|{k}|{v}|" for k, v in dataclasses.asdict(args).items())
-            for writer in self.writers:
-                writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
+            self._log_arguments()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _make_folders(self) -> list[Path]:
         env = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.args.env)
-        base = Path(self.args.run_dir)
+        base, args = Path(self.args.run_dir), dataclasses.asdict(self.args)
+        what = f"{env}__{self.script}__{strategy_name(args)}"
         try:
             base.mkdir(parents=True, exist_ok=True)
             stamp = int(time.time())
             while True:  # another run may have begun in the same second
-                names = [f"{env}__{self.script}__{seed}__{stamp}" for seed in self.seeds]
+                names = [f"{what}__{seed}__{stamp}" for seed in self.seeds]
                 folders = [base / name for name in names]
                 try:
                     for folder in folders:
@@ -202,13 +226,36 @@ class Run:
                     break
                 except FileExistsError:
                     stamp += 1
-            content = {"args": dataclasses.asdict(self.args), "script": self.script}
+            content = {"args": args, "script": self.script}
             for seed, folder in zip(self.seeds, folders, strict=True):
                 text = json.dumps({**content, "folders": names, "seed": seed}, indent=2)
                 write_beside(folder / "args.json", text.encode())
         except OSError as error:
             raise InputError(f"--run-dir {base}: cannot write there ({error.strerror})") from None
         return folders
+
+    def _log_arguments(self) -> None:
+        """As a table, and as the hyperparameters that TensorBoard filters and sorts runs by."""
+        args = dataclasses.asdict(self.args)
+        table = "\n".join(f"|{k}|{v}|" for k, v in args.items())
+        args |= {"script": self.script, "strategy": strategy_name(args)}
+        for writer, seed in zip(self.writers, self.seeds, strict=True):
+            writer.add_text("hyperparameters", f"|argument|value|\n|-|-|\n{table}")
+            values = {k: v for k, v in (args | {"seed": seed}).items() if v is not None}
+            _, *session = hparams(values, {})  # of all runs together TensorBoard makes the table
+            for summary in session:
+                writer.file_writer.add_summary(summary)
+
+    def _track(self) -> None:
+        """Everything that TensorBoard gets, to Weights & Biases as well."""
+        import wandb
+
+        project, entity = self.args.wandb_project_name, self.args.wandb_entity
+        config, name = dataclasses.asdict(self.args), self.folders[0].name
+        wandb.init(
+            project=project, entity=entity, config=config, name=name, id=name, resume="allow",
+            sync_tensorboard=True, dir=str(self.folders[0]),
+        )  # fmt: skip
 
     def _on_signal(self, number, frame) -> None:
         if self.stop_signal is not None:  # asked twice: do not wait for the next update
@@ -318,7 +365,7 @@ class Run:
             for update in range(start + 1, stop + 1):
                 yield update
                 bar.update()
-                if update % LOG_EVERY == 0:
+                if update % self.args.log_every == 0 or update == stop:
                     now = time.perf_counter()
                     rate = torch.full((len(self.seeds),), (update - before) / (now - then))
                     self.log({"time/updates_per_second": rate}, offset + update)
@@ -342,9 +389,13 @@ class Run:
         sys.exit(128 + self.stop_signal)
 
     def close(self) -> None:
-        """Flush TensorBoard."""
+        """Flush TensorBoard, and end what is tracked."""
         for writer in self.writers:
             writer.close()
+        if self.args.track:
+            import wandb
+
+            wandb.finish()
 
     def finish(self) -> None:
         """Print the closing table: return of pi^0 and pi^K and the improvement, per seed and over

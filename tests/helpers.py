@@ -220,6 +220,7 @@ def assert_same(one, other, where="state"):
 QUICK = {
     "--offline-updates": 60,
     "--eval-every": 30,
+    "--log-every": 10,
     "--batch-size": 16,
     "--hidden-size": 16,
     "--device": "cpu",

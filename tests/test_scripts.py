@@ -70,13 +70,15 @@ STEPS = {
 def test_a_run_of_two_seeds_writes_what_it_should(
     tmp_path, monkeypatch, capsys, data, script, strategy
 ):
-    monkeypatch.setattr(runs, "LOG_EVERY", 10)
     where = tmp_path / "runs"
     common = ["--env", ENV, "--dataset", data, "--run-dir", where, *tiny(script)]
     run(monkeypatch, script, *common, "--num-seeds", 2, "--seed", 3, *strategy)
     folders = sorted(where.iterdir(), key=lambda f: f.name.split("__")[-2])
-    assert [f.name.split("__")[1:3] for f in folders] == [[script, "3"], [script, "4"]]
     otc = "otc" in strategy
+    named = f"otc-{'embedding' if 'embedding' in strategy else 'value'}" if otc else strategy[1]
+    for folder, seed in zip(folders, "34", strict=True):
+        parts = folder.name.split("__")
+        assert parts[1] == script and parts[2].startswith(named) and parts[3] == seed
     for folder in folders:
         rows = list(csv.DictReader((folder / "returns.csv").open()))
         assert [row["deployment"] for row in rows] == ["0", "1", "2"]
@@ -207,7 +209,6 @@ def test_strategies_start_from_the_same_offline_policy(tmp_path, monkeypatch, da
 @pytest.mark.parametrize("script", [script for script in WITH_OTC if script != "otc_bremen"])
 def test_fine_tuning_takes_its_own_learning_rates(tmp_path, monkeypatch, data, script):
     """And the number of offline updates is the offline policy's own."""
-    monkeypatch.setattr(runs, "LOG_EVERY", 10)
     common = ["--env", ENV, "--dataset", data, *tiny(script)]
     run(monkeypatch, script, *common, "--run-dir", tmp_path / "a", "--deployments", 0)
     names = [f.name for f in dataclasses.fields(importlib.import_module(script).Args)]
@@ -275,7 +276,6 @@ def test_a_run_that_dies_again_and_again_ends_where_the_unbroken_one_does(
     tmp_path, monkeypatch, data, script, strategy
 ):
     """returns.csv, parameters, optimisers, data and generators are bit for bit the same."""
-    monkeypatch.setattr(runs, "LOG_EVERY", 10)
     argv = ["--env", ENV, "--dataset", data, *tiny(script), *strategy.split(), "--num-seeds", 2]
     argv += ["--finetune-updates", 40, "--checkpoint-every", 17]
     run(monkeypatch, script, *argv, "--run-dir", tmp_path / "unbroken")
@@ -306,7 +306,6 @@ def test_a_run_that_dies_again_and_again_ends_where_the_unbroken_one_does(
 
 @pytest.mark.parametrize("script", sorted(set(SCRIPTS) - set(WITH_OTC)))
 def test_an_offline_script_logs_stops_and_goes_on(tmp_path, monkeypatch, capsys, data, script):
-    monkeypatch.setattr(runs, "LOG_EVERY", 10)
     argv = ["--env", ENV, "--dataset", data, *tiny(script), "--num-seeds", 2]
     run(monkeypatch, script, *argv, "--run-dir", tmp_path / "unbroken")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
