@@ -22,11 +22,12 @@ import tyro
 
 from benchmarks import write_csv
 from common import cli, datasets
-from common.behaviours.rollout import make
-from common.behaviours.waypoints import NOISE, Controller
+from common.datasets.makers import make
+from common.datasets.makers.maze import NOISE, Controller
+from common.datasets.names import BUILT_IN_SIZES
 from common.envs import TASKS, normalized_score, num_cores, parallel_env
-from common.envs.__main__ import shrink
 from common.envs.maze import MazeTeam
+from tools.render import shrink
 
 PLAYS = ("random", "planned once", "controller", "noisy controller")
 MAZES = [task for task, row in TASKS.items() if row.family == "maze"]
@@ -85,7 +86,7 @@ def plays(episodes: int) -> list[dict]:
 def data() -> list[dict]:
     rows = []
     for task in MAZES:
-        size = datasets.BUILT_IN_SIZES[task][""]
+        size = BUILT_IN_SIZES[task][""]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "data.hdf5"
             start = time.perf_counter()

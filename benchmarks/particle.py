@@ -21,7 +21,7 @@ import tyro
 
 from benchmarks import write_csv
 from common import cli
-from common.behaviours import teams
+from common.datasets import makers
 from common.envs import TASKS, make_vec, mpe
 from common.envs.particle import REACH, SPEED, CooperativeNavigation, PredatorPrey, draw
 
@@ -195,8 +195,8 @@ def pictures(family: str) -> None:
         vec.set_deployment(1, 10)
         obs = vec.reset()
         if play == "expert":
-            policies = teams.load_policies(task)
-            expert = teams.actor(teams.snapshot(policies, int(policies["expert"])), 0.0)
+            policies = makers.mpe.load_policies(task)
+            expert = makers.mpe.actor(makers.mpe.snapshot(policies, int(policies["expert"])), 0.0)
         painter = draw if family == "particle" else mpe.draw
         frames = []
         for t in range(max(moments) + 1):

@@ -20,7 +20,8 @@ import tyro
 
 from benchmarks import write, write_json
 from benchmarks.speed import learner_of, machine, times_of, update_of
-from common import cli, datasets
+from common import cache_dir, cli, datasets
+from common.datasets import makers
 from common.device import Graphed, pick_device
 from common.replay import Replay
 
@@ -40,7 +41,7 @@ class Args:
     """rounds through everything"""
     seconds: float = 0.5
     """least time that each side is run for in a round"""
-    environment: Path = datasets.cache_dir() / f"d3rlpy-{VERSION}"
+    environment: Path = cache_dir() / f"d3rlpy-{VERSION}"
     """d3rlpy's virtual environment, made where there is none"""
     compile: bool = False
     """d3rlpy's compiled mode"""
@@ -91,7 +92,7 @@ def main(args: Args) -> None:
         write(args.json, "", mode="a")  # refused before and not after the measurement
     device = pick_device(args)
     dataset = datasets.load(args.env)
-    data = datasets.built_in_path(*datasets.parse_env(args.env), len(dataset))
+    data = makers.built_in_path(*datasets.parse_env(args.env), len(dataset))
     replays = {n: Replay(dataset, n, 1, len(dataset) // 100, device) for n in args.num_seeds}
     peer = Peer(args, data, dataset.actions.shape[2], device)
     del dataset

@@ -75,14 +75,18 @@ def machine(device: torch.device) -> dict[str, str | int]:
         if line.startswith("model name"):
             cpu = line.split(":")[1].strip()
             break
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip()[:7]
+    except OSError:
+        commit = ""
     return {
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip()[:7],
+        "commit": commit,
     }
 
 

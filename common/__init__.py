@@ -1,7 +1,9 @@
 """What the scripts share: environments, datasets, replay, the OTC sampler and run folders."""
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -13,3 +15,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     names = list(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
+
+
+def cache_dir() -> Path:
+    """Where built-in data is kept: $OTC_CACHE_DIR or ~/.cache/otc."""
+    return Path(os.environ.get("OTC_CACHE_DIR") or "~/.cache/otc").expanduser()

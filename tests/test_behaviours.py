@@ -12,8 +12,10 @@ import h5py
 import numpy as np
 import pytest
 
+from behaviours import report, select, train, train_battles
 from common import InputError
-from common.behaviours import report, rollout, select, train, train_battles, uniform
+from common.datasets import makers
+from common.datasets.makers import mujoco, particle
 from common.envs.mujoco import make_single
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +53,7 @@ def fake_policies(task: str, num_snapshots: int = 20) -> dict[str, np.ndarray]:
 def policies(tmp_path, monkeypatch):
     for task in SIZES:
         np.savez(tmp_path / f"{task}.npz", **fake_policies(task))
-    monkeypatch.setattr(rollout, "POLICY_DIR", tmp_path)
+    monkeypatch.setattr(mujoco, "POLICY_DIR", tmp_path)
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
@@ -63,9 +65,9 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 def test_layout_and_episodes(policies, tmp_path):
     make_path = tmp_path / "data.hdf5"
-    rollout.make("hopper", "random", 3000, make_path, num_workers=1)
+    makers.make("hopper", "random", 3000, make_path, num_workers=1)
     data = read(make_path)
-    for key, (shape, dtype) in rollout.columns("hopper").items():
+    for key, (shape, dtype) in mujoco.columns("hopper").items():
         assert data[key].shape == (3000, *shape) and data[key].dtype == dtype, key
     assert np.abs(data["actions"]).max() <= 1
     terminals, timeouts = data["terminals"], data["timeouts"]
@@ -93,7 +95,7 @@ def test_layout_and_episodes(policies, tmp_path):
 
 
 def test_time_limit_and_cut(policies, tmp_path):
-    rollout.make("halfcheetah", "medium", 2500, tmp_path / "data.hdf5", num_workers=1)
+    makers.make("halfcheetah", "medium", 2500, tmp_path / "data.hdf5", num_workers=1)
     data = read(tmp_path / "data.hdf5")
     assert not data["terminals"].any()
     assert np.flatnonzero(data["timeouts"]).tolist() == [999, 1999, 2499]
@@ -102,9 +104,9 @@ def test_time_limit_and_cut(policies, tmp_path):
 
 
 def test_any_number_of_workers_makes_the_same_file(policies, tmp_path, monkeypatch):
-    monkeypatch.setattr(rollout, "CHUNK_ROWS", 300)
+    monkeypatch.setattr(mujoco, "CHUNK_ROWS", 300)
     for num_workers in (1, 3):
-        rollout.make("hopper", "medium", 2000, tmp_path / f"{num_workers}.hdf5", num_workers)
+        makers.make("hopper", "medium", 2000, tmp_path / f"{num_workers}.hdf5", num_workers)
     one, three = read(tmp_path / "1.hdf5"), read(tmp_path / "3.hdf5")
     assert one.keys() == three.keys()
     for key in one:
@@ -115,7 +117,7 @@ def test_any_number_of_workers_makes_the_same_file(policies, tmp_path, monkeypat
 
 
 def test_chunks_are_whole_episodes(policies):
-    chunk = rollout.plan("hopper", "random", 25_000)[0][1][0]
+    chunk = mujoco.plan("hopper", "random", 25_000)[0][1][0]
     chunk.rows = 100
     rows = chunk.roll()
     assert 100 <= len(rows["rewards"]) < 100 + 1000 and rows["terminals"][-1]
@@ -125,7 +127,7 @@ def test_chunks_are_whole_episodes(policies):
 
 @pytest.mark.parametrize("size", [45, 2011, 202_000, 402_000])
 def test_replay_plan_spans_its_snapshots(policies, size):
-    parts = rollout.plan("halfcheetah", "medium-replay", size)
+    parts = mujoco.plan("halfcheetah", "medium-replay", size)
     rows = np.array([rows for rows, _ in parts])
     assert len(rows) == 20 and rows.sum() == size
     assert rows.max() - rows.min() <= (1000 if size > 80_000 else 1)
@@ -136,7 +138,7 @@ def test_replay_plan_spans_its_snapshots(policies, size):
 
 
 def test_small_replay_file(policies, tmp_path):
-    rollout.make("halfcheetah", "medium-replay", 60, tmp_path / "data.hdf5", num_workers=2)
+    makers.make("halfcheetah", "medium-replay", 60, tmp_path / "data.hdf5", num_workers=2)
     data = read(tmp_path / "data.hdf5")
     np.testing.assert_array_equal(np.flatnonzero(data["timeouts"]), np.arange(2, 60, 3))
     np.testing.assert_array_equal(data["metadata/policy_rows"], np.full(20, 3))
@@ -147,7 +149,7 @@ def test_small_replay_file(policies, tmp_path):
 
 def test_policy_acts_as_stable_baselines3(policies):
     torch = pytest.importorskip("torch")
-    policy = rollout.snapshot(rollout.load_policies("hopper"), 3)
+    policy = mujoco.snapshot(mujoco.load_policies("hopper"), 3)
     rng = np.random.default_rng(0)
     obs, noise = rng.normal(size=11).astype(np.float32), rng.normal(size=3).astype(np.float32)
     t = {k: torch.from_numpy(v) for k, v in policy.items()}
@@ -155,7 +157,7 @@ def test_policy_acts_as_stable_baselines3(policies):
     h = torch.relu(h @ t["w1"] + t["b1"])
     log_std = torch.clamp(h @ t["w_log_std"] + t["b_log_std"], -20, 2)
     expected = torch.tanh(h @ t["w_mean"] + t["b_mean"] + log_std.exp() * torch.from_numpy(noise))
-    action = rollout.sample_action(policy, obs, noise)
+    action = mujoco.sample_action(policy, obs, noise)
     assert action.dtype == np.float32
     np.testing.assert_allclose(action, expected.numpy(), atol=1e-5)
 
@@ -165,30 +167,30 @@ def test_policy_acts_as_stable_baselines3(policies):
 )
 def test_bad_names_and_sizes(policies, tmp_path, args):
     with pytest.raises(InputError):
-        rollout.make(*args, tmp_path / "new" / "data.hdf5")
+        makers.make(*args, tmp_path / "new" / "data.hdf5")
     assert not (tmp_path / "new").exists()
 
 
 def test_failure_leaves_nothing(policies, tmp_path, monkeypatch):
-    class Failing(rollout.Workers):
+    class Failing(mujoco.Workers):
         def submit(self, chunk):
             if self.processes[0].poll() is None:
                 self.processes[0].kill()
             return super().submit(chunk)
 
-    monkeypatch.setattr(rollout, "Workers", Failing)
+    monkeypatch.setattr(mujoco, "Workers", Failing)
     with pytest.raises(RuntimeError, match="rollout process died"):
-        rollout.make("hopper", "random", 1000, tmp_path / "out" / "data.hdf5", num_workers=1)
+        makers.make("hopper", "random", 1000, tmp_path / "out" / "data.hdf5", num_workers=1)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     script = (
         "import resource, signal, sys; from common import InputError\n"
-        "from common.behaviours import rollout\n"
+        "from common.datasets import makers\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))\n"
-        "try:\n    rollout.make('navigation', 'random', 100_000, sys.argv[1])\n"
+        "try:\n    makers.make('navigation', 'random', 100_000, sys.argv[1])\n"
         "except InputError as error:\n    print(error)\n    sys.exit(2)\n"
     )
     path = tmp_path / "data.hdf5"
@@ -202,7 +204,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
 def test_an_interrupt_inside_a_callback_is_not_lost(tmp_path, monkeypatch, last):
     """h5py forgets its objects in weak references' callbacks, which no exception leaves."""
 
-    def write(file, task, size, bar):
+    def write(file, task, quality, size, bar, num_workers):
         bar.update(size // 2)
         thing = set()
         forgotten = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGINT))
@@ -212,11 +214,11 @@ def test_an_interrupt_inside_a_callback_is_not_lost(tmp_path, monkeypatch, last)
             bar.update(size // 2)
             pytest.fail("went on after Ctrl-C")
 
-    monkeypatch.setattr(uniform, "write", write)
+    monkeypatch.setattr(particle, "write", write)
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
-            rollout.make("navigation", "random", 1000, tmp_path / "data.hdf5")
+            makers.make("navigation", "random", 1000, tmp_path / "data.hdf5")
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -226,11 +228,11 @@ def test_an_interrupt_inside_a_callback_is_not_lost(tmp_path, monkeypatch, last)
 def start_make(path: Path, size: int) -> subprocess.Popen:
     """A process, leading its own group, that makes halfcheetah-medium from fake policies."""
     script = (
-        "import signal, sys; from pathlib import Path; from common.behaviours import rollout\n"
+        "import signal, sys; from pathlib import Path; from common.datasets import makers\n"
         # Whoever started the tests may have had SIGINT ignored, as shells do in the background.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "rollout.POLICY_DIR = Path(sys.argv[1]).parent\n"
-        "rollout.make('halfcheetah', 'medium', int(sys.argv[2]), sys.argv[1], 2)"
+        "makers.mujoco.POLICY_DIR = Path(sys.argv[1]).parent\n"
+        "makers.make('halfcheetah', 'medium', int(sys.argv[2]), sys.argv[1], 2)"
     )
     command = [sys.executable, "-c", script, str(path), str(size)]
     return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
@@ -270,7 +272,7 @@ def test_interrupted(policies, tmp_path, sent):
     if sent == signal.SIGINT:
         assert not Path(f"{path}.partial").exists()
     else:  # what was left behind is no obstacle
-        rollout.make("halfcheetah", "medium", 100, path, 1)
+        makers.make("halfcheetah", "medium", 100, path, 1)
         assert len(read(path)["rewards"]) == 100 and not Path(f"{path}.partial").exists()
 
 
@@ -286,7 +288,7 @@ def test_select(tmp_path, monkeypatch):
     """Returns are known: medium is the earliest near the target, replay is evenly spaced."""
     fakes = fake_policies("hopper", 41)
     for i in range(41):
-        np.savez(tmp_path / f"{2500 * i:07d}.npz", **rollout.snapshot(fakes, i))
+        np.savez(tmp_path / f"{2500 * i:07d}.npz", **mujoco.snapshot(fakes, i))
     calls = []
 
     def returns(task, policy, episodes, seed):
@@ -347,7 +349,7 @@ def test_a_training_has_a_folder_of_its_own(tmp_path, monkeypatch):
     ],
 )
 def test_tools_refuse_in_one_line(tool, argv, tmp_path):
-    command = [sys.executable, "-m", f"common.behaviours.{tool}", *argv.split()]
+    command = [sys.executable, "-m", f"behaviours.{tool}", *argv.split()]
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True)
     assert done.returncode == 2 and not list(tmp_path.iterdir())
@@ -356,11 +358,11 @@ def test_tools_refuse_in_one_line(tool, argv, tmp_path):
 
 @pytest.mark.parametrize("task", ["halfcheetah", "hopper", "walker2d"])
 def test_shipped_policies(task):
-    policies = rollout.load_policies(task)
+    policies = mujoco.load_policies(task)
     steps, replay = policies["steps"], policies["replay"]
     assert steps[0] == 0 and (np.diff(steps) > 0).all()
     assert len(replay) >= 20 and (np.diff(replay) > 0).all() and replay[-1] == policies["medium"]
-    obs, action = (rollout.columns(task)[k][0][0] for k in ("observations", "actions"))
+    obs, action = (mujoco.columns(task)[k][0][0] for k in ("observations", "actions"))
     assert policies["w0"].shape == (len(steps), obs, 64)
     assert policies["w_mean"].shape == (len(steps), 64, action)
-    assert all(np.isfinite(policies[name]).all() for name in rollout.WEIGHTS)
+    assert all(np.isfinite(policies[name]).all() for name in mujoco.WEIGHTS)

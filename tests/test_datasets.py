@@ -14,9 +14,10 @@ import pytest
 from gymnasium.spaces import Box
 from pettingzoo import ParallelEnv
 
-from common import InputError, datasets
-from common.datasets import load, parse_env
+from common import InputError
+from common.datasets import files, load, makers, names, parse_env, readers
 from common.envs import make_vec
+from tools import check_data
 
 ARRAYS = ("obs", "actions", "rewards", "next_obs", "terminations", "truncations")
 
@@ -206,9 +207,9 @@ def test_the_prey_is_not_one_of_the_agents(tmp_path):
     np.save(path / "obs_3.npy", np.zeros((100, 10)))
     vec = types.SimpleNamespace(num_agents=3, obs_dim=12, action_dim=2, max_episode_steps=25)
     for task in ("simple-tag", "simple-world"):
-        assert datasets._read_omar(path, task, vec)["observations"].shape == (100, 36)
+        assert readers.read_omar(path, task, vec)["observations"].shape == (100, 36)
     with pytest.raises(InputError, match="for agents 0, 1, 2, 3; simple-spread has 3"):
-        datasets._read_omar(path, "simple-spread", vec)
+        readers.read_omar(path, "simple-spread", vec)
 
 
 @pytest.mark.parametrize(
@@ -431,15 +432,14 @@ def test_built_in_is_made_once(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, raw(size, obs_dim=11, act_dim=3, ends={}))
 
-    fake = types.SimpleNamespace(make=make)
-    monkeypatch.setitem(sys.modules, "common.behaviours.rollout", fake)
+    monkeypatch.setattr(makers, "make", make)
     monkeypatch.setenv("OTC_CACHE_DIR", str(tmp_path / "cache"))
     teams = [load("hopper-medium-replay", size=50) for _ in range(2)]
     assert made == [("hopper", "medium-replay", 50)] and same(*teams)
-    path = datasets.built_in_path("hopper", "medium-replay", 50)
+    path = makers.built_in_path("hopper", "medium-replay", 50)
     assert path.exists() and str(path) in teams[0].source and "not D4RL" in teams[0].source
     path.unlink()
-    monkeypatch.setitem(datasets.BUILT_IN_SIZES["hopper"], "medium", 70)
+    monkeypatch.setitem(names.BUILT_IN_SIZES["hopper"], "medium", 70)
     assert len(load("hopper-medium")) == 70  # no size: the whole set
 
 
@@ -499,7 +499,7 @@ class Server:
 def server(tmp_path, monkeypatch):
     write(tmp_path / "served.hdf5", raw(40_000, obs_dim=11, act_dim=3))
     server = Server((tmp_path / "served.hdf5").read_bytes())
-    monkeypatch.setattr(datasets, "D4RL_URL", server.url)
+    monkeypatch.setattr(files, "D4RL_URL", server.url)
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     yield server
@@ -540,14 +540,14 @@ def test_cut_download_continues(server, place, ranges):
 
 def test_two_downloads_at_once_are_one(server, place, monkeypatch, capsys):
     """The second waits for the first, which is slow, and takes its file."""
-    begun, read = threading.Event(), datasets._fetch
+    begun, read = threading.Event(), files._fetch
 
     def slowly(*args):
         begun.set()
         time.sleep(0.5)
         read(*args)
 
-    monkeypatch.setattr(datasets, "_fetch", slowly)
+    monkeypatch.setattr(files, "_fetch", slowly)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(load, "hopper-medium-replay", "d4rl")
         begun.wait()
@@ -642,7 +642,7 @@ def test_minari(tmp_path, monkeypatch):
 def simulate(task, n=300):
     """A D4RL file of random play, its rows' states before their actions."""
     vec, rng = make_vec(task, 1, 4), np.random.default_rng(4)
-    rows = {key: [] for key in (*datasets.KEYS, "next_observations", "infos/qpos", "infos/qvel")}
+    rows = {key: [] for key in (*readers.KEYS, "next_observations", "infos/qpos", "infos/qvel")}
     obs = vec.reset()
     for _ in range(n):
         qpos, qvel = vec.qpos_qvel()
@@ -662,11 +662,11 @@ def test_check_agrees(tmp_path, capsys, task, has_next):
     if not has_next:
         del data["next_observations"]
     path = write(tmp_path / f"{task}_random-v2.hdf5", data)
-    assert datasets.main(["check", path, "--rows", "200"]) == 0  # the task is in the file's name
+    assert check_data.main([path, "--rows", "200"]) == 0  # the task is in the file's name
     text = capsys.readouterr().out
     assert f"200 rows replayed in {task}" in text and "simulator agree" in text
     assert "bonus" not in text or task == "hopper"
-    found = datasets.check(tmp_path / f"{task}_random-v2.hdf5", task, rows=200)
+    found = check_data.replay(tmp_path / f"{task}_random-v2.hdf5", task, rows=200)
     assert len(found["rewards"]) == 200 and found["observations"].max() < 1e-5
     assert found["next_observations"][~found["terminals"]].max() < 1e-5
     if task != "ant":
@@ -691,7 +691,7 @@ def test_check_disagrees(tmp_path, capsys, spoil):
     data = simulate("hopper", 150)
     spoil(data)
     path = write(tmp_path / "a.hdf5", data)
-    assert datasets.main(["check", path, "--env", "hopper-medium"]) == 1
+    assert check_data.main([path, "--env", "hopper-medium"]) == 1
     assert "DISAGREE" in capsys.readouterr().out
 
 
@@ -699,7 +699,7 @@ def test_check_forgives_the_last_step_s_bonus(tmp_path, capsys):
     data = simulate("hopper", 150)
     assert data["terminals"].sum() > 3
     data["rewards"][data["terminals"]] += 1
-    assert datasets.main(["check", write(tmp_path / "hopper.hdf5", data)]) == 0
+    assert check_data.main([write(tmp_path / "hopper.hdf5", data)]) == 0
     assert re.search(
         r"rewards of terminal rows +\d+ +1.00e\+00 .*\n.*bonus", capsys.readouterr().out
     )
@@ -708,15 +708,15 @@ def test_check_forgives_the_last_step_s_bonus(tmp_path, capsys):
 def test_check_bad_input(tmp_path, capsys):
     data = simulate("hopper", 20)
     path = write(tmp_path / "a.hdf5", data)
-    assert datasets.main(["check", path]) == 2
+    assert check_data.main([path]) == 2
     assert "which task" in capsys.readouterr().err
-    assert datasets.main(["check", path, "--env", "halfcheetah"]) == 2
+    assert check_data.main([path, "--env", "halfcheetah"]) == 2
     assert "observations has width 11, expected 17" in capsys.readouterr().err
-    assert datasets.main(["check", path, "--env", "hoper"]) == 2
+    assert check_data.main([path, "--env", "hoper"]) == 2
     assert "did you mean hopper" in capsys.readouterr().err
     data["infos/qvel"] = data["infos/qvel"][:, :5]
-    assert datasets.main(["check", write(tmp_path / "b.hdf5", data), "--env", "hopper"]) == 2
+    assert check_data.main([write(tmp_path / "b.hdf5", data), "--env", "hopper"]) == 2
     assert "expected infos/qvel of shape (20, 6)" in capsys.readouterr().err
     del data["infos/qpos"]
-    assert datasets.main(["check", write(tmp_path / "c.hdf5", data), "--env", "hopper"]) == 2
+    assert check_data.main([write(tmp_path / "c.hdf5", data), "--env", "hopper"]) == 2
     assert "found none" in capsys.readouterr().err

@@ -11,11 +11,12 @@ from pettingzoo.test import parallel_api_test
 
 import otc_bcq
 from common import InputError, cli
-from common.behaviours import rollout, uniform
-from common.datasets import load, parse_env
-from common.datasets import main as datasets_main
-from common.envs import TASKS, VecEnv, __main__, make_vec, normalized_score, parallel_env
+from common.datasets import load, makers, parse_env
+from common.datasets.makers import episodes
+from common.envs import TASKS, VecEnv, make_vec, normalized_score, parallel_env
 from common.envs.particle import Streams
+from tools import check_data
+from tools import render as render_tool
 
 F = np.float32
 PARTICLE = [task for task, row in TASKS.items() if row.family == "particle"]
@@ -379,7 +380,7 @@ def test_built_in_data(task):
 
 def test_data_is_in_the_agents_box_and_reproducible(tmp_path):
     for name in ("a", "b"):
-        rollout.make("cooperative-navigation-2", "random", 30_000, tmp_path / name)
+        makers.make("cooperative-navigation-2", "random", 30_000, tmp_path / name)
     with h5py.File(tmp_path / "a") as a, h5py.File(tmp_path / "b") as b:
         for key in ("observations", "actions", "rewards", "next_observations", "timeouts"):
             assert (a[key][...] == b[key][...]).all()
@@ -390,8 +391,8 @@ def test_data_is_in_the_agents_box_and_reproducible(tmp_path):
 
 
 def test_early_ends_leave_whole_episodes(monkeypatch):
-    monkeypatch.setattr(uniform, "EPISODES", 64)
-    batches = uniform.episodes("navigation")
+    monkeypatch.setattr(episodes, "EPISODES", 64)
+    batches = episodes.roll_out("navigation")
     for _ in range(3):
         rows = next(batches)
         ends = rows["terminals"] | rows["timeouts"]
@@ -437,8 +438,8 @@ def test_a_script_exits_with_2(monkeypatch, capsys):
 
 
 def test_check_is_for_mujoco(tmp_path, capsys):
-    command = ["check", str(tmp_path / "x.hdf5"), "--env", "navigation"]
-    assert datasets_main(command) == 2 and "halfcheetah" in capsys.readouterr().err
+    command = [str(tmp_path / "x.hdf5"), "--env", "navigation"]
+    assert check_data.main(command) == 2 and "halfcheetah" in capsys.readouterr().err
 
 
 def test_scores():
@@ -449,11 +450,11 @@ def test_scores():
         assert normalized_score(task, row.expert_return) == pytest.approx(100)
 
 
-# --- python -m common.envs render ---
+# --- python -m tools.render ---
 
 
 def render(*argv):
-    return __main__.main(["render", *map(str, argv)])
+    return render_tool.main(list(map(str, argv)))
 
 
 def test_gif_of_random_actions(tmp_path, capsys):

@@ -10,8 +10,10 @@ import pytest
 from pettingzoo.test import parallel_api_test
 
 from common import InputError
-from common.behaviours import battles, teams
-from common.datasets import BUILT_IN_SIZES, load, parse_env
+from common.datasets import load, parse_env
+from common.datasets.makers import mpe as teams
+from common.datasets.makers import smax as battles
+from common.datasets.names import BUILT_IN_SIZES
 from common.envs import SMAX_MAPS, TASKS, make_vec, parallel_env, win_rate
 from tests.helpers import ROOT, only, run
 

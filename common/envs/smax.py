@@ -19,7 +19,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete
 from pettingzoo import ParallelEnv
 
-from common import InputError
+from common import InputError, cache_dir
 from common.envs import AGENT_COLOURS, TASKS, VecEnv, choose
 
 STOP = 4
@@ -36,7 +36,6 @@ def libraries(task: str) -> tuple[ModuleType, ModuleType]:
     except ImportError as error:
         reason = f"{task} needs JaxMARL's SMAX ({error}): {INSTALL}"
         raise InputError(reason) from None
-    from common.datasets import cache_dir  # which imports this package
 
     if jax.config.jax_compilation_cache_dir is None:  # compiling takes longer than a short run
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "jax"))

@@ -2,11 +2,11 @@
 moments.
 
     pip install -r requirements-dev.txt
-    python -m common.behaviours.train --task hopper --steps 400000 --out snapshots/hopper
+    python -m behaviours.train --task hopper --steps 400000 --out snapshots/hopper
 
 stable-baselines3's SAC (Haarnoja et al., 2018, https://arxiv.org/abs/1801.01290) trains one policy
 over all joints. Every `--snapshot-every` steps the actor is written to `OUT/{step}.npz`; `python -m
-common.behaviours.select` then chooses the snapshots that ship. The arrays: `w0 b0 w1 b1` hidden
+behaviours.select` then chooses the snapshots that ship. The arrays: `w0 b0 w1 b1` hidden
 layers, `w_mean b_mean` and `w_log_std b_log_std` heads, weights as `(in, out)`.
 """
 

@@ -1,7 +1,7 @@
 """Train the policies behind the built-in data of tasks whose agents each see their own state.
 
-    python -m common.behaviours.train_teams --task simple-spread --out snapshots/simple-spread
-    python -m common.behaviours.train_teams --task simple-tag --prey --out snapshots/simple-tag-prey
+    python -m behaviours.train_teams --task simple-spread --out snapshots/simple-spread
+    python -m behaviours.train_teams --task simple-tag --prey --out snapshots/simple-tag-prey
 
 Plain independent TD3 (Fujimoto et al., 2018, https://arxiv.org/abs/1802.09477): every agent learns
 from its own observations and actions and the team's reward, all agents in one stack of networks,
@@ -22,8 +22,8 @@ import torch
 import torch.nn as nn
 import tyro
 
+from behaviours.train import new_folder
 from common import InputError, cli, nearest
-from common.behaviours.train import new_folder
 from common.envs import VecEnv, make_vec, mpe
 
 

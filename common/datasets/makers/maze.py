@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import h5py
+import mujoco
 import numpy as np
-from tqdm import tqdm
 
+from common.datasets.makers.workers import Workers
 from common.envs.maze import OFFSET, MazeTeam
 
+VERSION = 1
+"""names the files; another one where their content changes"""
 P_GAIN, D_GAIN = 10.0, -1.0
 CLOSE = 0.1
 """a waypoint within this distance has been reached"""
@@ -113,20 +116,23 @@ class Walk:
         }
 
 
-def write(file: h5py.File, task: str, size: int, bar: tqdm, workers: Any) -> None:
-    """`size` transitions into an empty file, made by `common.behaviours.rollout.Workers`."""
+def write(file: h5py.File, task: str, quality: str, size: int, bar: Any, num_workers: int) -> None:
+    """`size` transitions into an empty file."""
     starts = range(0, size, PIECE_ROWS)
     seeds = np.random.SeedSequence(0).spawn(len(starts))
-    pieces = [
-        workers.submit(Walk(task, seed, min(PIECE_ROWS, size - start)))
-        for start, seed in zip(starts, seeds, strict=True)
-    ]
-    for start in starts:
-        arrays = pieces.pop(0).result()  # and free the rows once they are written
-        n = len(arrays["rewards"])
-        for key, values in arrays.items():
-            if not start:
-                file.create_dataset(key, (size, *values.shape[1:]), values.dtype)
-            file[key][start : start + n] = values
-        bar.update(n)
+    with Workers(min(num_workers, len(starts))) as workers:
+        pieces = [
+            workers.submit(Walk(task, seed, min(PIECE_ROWS, size - start)))
+            for start, seed in zip(starts, seeds, strict=True)
+        ]
+        for start in starts:
+            arrays = pieces.pop(0).result()  # and free the rows once they are written
+            n = len(arrays["rewards"])
+            for key, values in arrays.items():
+                if not start:
+                    file.create_dataset(key, (size, *values.shape[1:]), values.dtype)
+                file[key][start : start + n] = values
+            bar.update(n)
     file["metadata/algorithm"] = "waypoint controller"
+    for module in (mujoco, np):
+        file[f"metadata/versions/{module.__name__}"] = module.__version__

@@ -1,6 +1,6 @@
 """The returns of the built-in datasets, MuJoCo's beside D4RL v2's.
 
-    python -m common.behaviours.report
+    python -m behaviours.report
 
 Reads the full-size files that are in the cache folder, prints a Markdown table of their whole
 episodes, and writes it with more digits to docs/results/datasets.csv and the return distributions
@@ -14,8 +14,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from common.behaviours.rollout import is_teams
-from common.datasets import BUILT_IN_SIZES, built_in_path
+from common.datasets.makers import built_in_path, maker_of, mpe
+from common.datasets.names import BUILT_IN_SIZES
 from common.envs import make_vec, normalized_score
 from common.envs.mujoco import make_single
 
@@ -82,7 +82,7 @@ def teams(docs: Path) -> None:
     """The table of docs/results/team_datasets.csv, of the full-size files that are there."""
     rows = [["dataset", "episodes", "mean", "std", "min", "max", "score"]]
     for task, sizes in BUILT_IN_SIZES.items():
-        for quality, size in sizes.items() if is_teams(task) else ():
+        for quality, size in sizes.items() if maker_of(task) is mpe else ():
             if (path := built_in_path(task, quality, size)).exists():
                 time_limit = make_vec(task, 1, 0).max_episode_steps
                 numbers = statistics(whole_episode_returns(path, time_limit))
@@ -95,7 +95,7 @@ def teams(docs: Path) -> None:
 
 
 def main() -> None:
-    docs = Path(__file__).parents[2] / "docs"
+    docs = Path(__file__).parents[1] / "docs"
     teams(docs)
     returns = {}
     for task, sizes in BUILT_IN_SIZES.items():

@@ -1,6 +1,6 @@
 """The built-in data of tasks whose agents each see their own state, in one process.
 
-`common/behaviours/{task}.npz` holds S snapshots of the N actors of one training in increasing
+`{task}.npz` beside this file holds S snapshots of the N actors of one training in increasing
 order: `w0 (S, N, obs_dim, hidden) b0 (S, N, hidden) w1 b1 w2 b2` float16, `steps (S,)` updates
 trained, `medium` and `expert` the indices of those policies, `replay (R,)` of those that make
 medium-replay in equal shares, and `noise`, the standard deviation of the Gaussian noise on every
@@ -8,14 +8,16 @@ action of the data. `random` is uniform actions.
 """
 
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
-from common.behaviours import uniform
+from common.datasets.makers import episodes
 from common.envs import make_vec
 
+VERSION = 1
+"""names the files; another one where their content changes"""
 BATCH_ROWS = 25_000
 """at most so many rows are rolled out side by side; a file depends on it"""
 WEIGHTS = ("w0", "b0", "w1", "b1", "w2", "b2")
@@ -40,7 +42,7 @@ def snapshot(policies: dict[str, np.ndarray], index: int) -> Policy:
     return {name: policies[name][index] for name in WEIGHTS}
 
 
-def actor(policy: Policy, noise: float) -> uniform.Act:
+def actor(policy: Policy, noise: float) -> episodes.Act:
     """The team that acts by `policy`, with Gaussian noise, clipped to [-1, 1]."""
 
     def act(obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -54,7 +56,7 @@ def actor(policy: Policy, noise: float) -> uniform.Act:
     return act
 
 
-def write(file: h5py.File, task: str, quality: str, size: int, bar: tqdm) -> None:
+def write(file: h5py.File, task: str, quality: str, size: int, bar: Any, num_workers: int) -> None:
     """`size` transitions into an empty file; shares of several policies are whole episodes where
     there are enough rows."""
     vec = make_vec(task, 1, 0)
@@ -73,8 +75,8 @@ def write(file: h5py.File, task: str, quality: str, size: int, bar: tqdm) -> Non
         if rows:
             name = f"{task}-{quality}" + (f"-{part}" if part else "")
             num_envs = max(1, min(BATCH_ROWS // length, -(-len(rows) // length)))
-            batches = uniform.episodes(task, act, num_envs, name)
-            uniform.append(file, batches, rows, size, bar)
+            batches = episodes.roll_out(task, act, num_envs, name)
+            episodes.append(file, batches, rows, size, bar)
     file["metadata/algorithm"] = "TD3" if policies else "uniform actions"
     if policies:
         file["metadata/policy_steps"] = policies["steps"][indices]

@@ -1,21 +1,23 @@
 """The built-in data of SMAX's maps, in one process.
 
-`random` is uniform legal actions. `common/behaviours/{task}.npz` holds the shared actors of one
-training (`common.behaviours.train_battles`): `w0 (S, obs_dim, hidden) b0 (S, hidden) w1 b1 w2 b2`
+`random` is uniform legal actions. `{task}.npz` beside this file holds the shared actors of one
+training (`behaviours.train_battles`): `w0 (S, obs_dim, hidden) b0 (S, hidden) w1 b1 w2 b2`
 float16, `steps (S,)` environment steps trained, `medium` and `expert` the indices of those
 policies. They act stochastically, as they were trained; a dead agent's action is all zeros.
 """
 
 from importlib.metadata import version
+from typing import Any
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
-from common.behaviours import uniform
-from common.behaviours.teams import Policy, load_policies, snapshot
+from common.datasets.makers import episodes
+from common.datasets.makers.mpe import Policy, load_policies, snapshot
 from common.envs import choose, make_vec
 
+VERSION = 1
+"""names the files; another one where their content changes"""
 EPISODES = 128
 """rolled out side by side; a file depends on it"""
 
@@ -27,7 +29,7 @@ def one_hot(scores: np.ndarray, legal: np.ndarray) -> np.ndarray:
     return np.eye(legal.shape[-1], dtype=np.float32)[best] * legal.any(axis=-1, keepdims=True)
 
 
-def random_actor(action_dim: int) -> uniform.Act:
+def random_actor(action_dim: int) -> episodes.Act:
     """The team that acts uniformly at random."""
 
     def act(obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -37,7 +39,7 @@ def random_actor(action_dim: int) -> uniform.Act:
     return act
 
 
-def actor(policy: Policy, action_dim: int) -> uniform.Act:
+def actor(policy: Policy, action_dim: int) -> episodes.Act:
     """The team that acts by a shared softmax policy."""
 
     def act(obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -55,7 +57,7 @@ def logits(policy: Policy, obs: np.ndarray) -> np.ndarray:
     return h @ policy["w2"] + policy["b2"]
 
 
-def team(task: str, quality: str) -> uniform.Act:
+def team(task: str, quality: str) -> episodes.Act:
     """Who made the data of a quality; `expert` acts too, though it has none."""
     vec = make_vec(task, 1, 0)
     vec.close()
@@ -65,10 +67,10 @@ def team(task: str, quality: str) -> uniform.Act:
     return actor(snapshot(policies, int(policies[quality])), vec.action_dim)
 
 
-def write(file: h5py.File, task: str, quality: str, size: int, bar: tqdm) -> None:
+def write(file: h5py.File, task: str, quality: str, size: int, bar: Any, num_workers: int) -> None:
     """`size` transitions into an empty file."""
-    batches = uniform.episodes(task, team(task, quality), EPISODES, f"{task}-{quality}")
-    uniform.append(file, batches, range(size), size, bar, compression="lzf")
+    batches = episodes.roll_out(task, team(task, quality), EPISODES, f"{task}-{quality}")
+    episodes.append(file, batches, range(size), size, bar, compression="lzf")
     file["metadata/algorithm"] = "uniform legal actions" if quality == "random" else "PPO"
     if quality != "random":
         policies = load_policies(task)
@@ -77,8 +79,8 @@ def write(file: h5py.File, task: str, quality: str, size: int, bar: tqdm) -> Non
         file[f"metadata/versions/{name}"] = version(name)
 
 
-def returns(task: str, quality: str, episodes: int) -> np.ndarray:
-    """Returns (episodes,) of a quality's policy."""
-    rows = next(uniform.episodes(task, team(task, quality), episodes, f"{task}-evaluation"))
+def returns(task: str, quality: str, num_episodes: int) -> np.ndarray:
+    """Returns (num_episodes,) of a quality's policy."""
+    rows = next(episodes.roll_out(task, team(task, quality), num_episodes, f"{task}-evaluation"))
     ends = np.flatnonzero(rows["terminals"] | rows["timeouts"])
     return np.add.reduceat(rows["rewards"].astype(np.float64), np.append(0, ends[:-1] + 1))

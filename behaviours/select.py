@@ -1,6 +1,6 @@
 """Choose the snapshots of a training that ship, and write them to `common/behaviours/{task}.npz`.
 
-    python -m common.behaviours.select --task hopper --snapshots snapshots/hopper
+    python -m behaviours.select --task hopper --snapshots snapshots/hopper
 
 Every snapshot acts stochastically for some episodes, whose returns are kept in
 SNAPSHOTS/returns.csv, so that this can be run again while training goes on. `medium` is the
@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from common import InputError, cli, nearest
-from common.behaviours.rollout import POLICY_DIR, WEIGHTS, Policy, steps
+from common.datasets.makers.mujoco import POLICY_DIR, WEIGHTS, Policy, steps
 
 MEDIUM = {"halfcheetah": (4770, 356), "hopper": (1422, 379), "walker2d": (2852, 1095)}
 """Mean and standard deviation of the returns in D4RL v2's medium data."""
@@ -30,7 +30,7 @@ class Args:
     task: str
     """halfcheetah, walker2d or hopper"""
     snapshots: Path
-    """folder that common.behaviours.train writes to"""
+    """folder that behaviours.train writes to"""
     episodes: int = 10
     """episodes of every snapshot"""
     close_episodes: int = 100

@@ -1,12 +1,12 @@
-"""Choose the snapshots of `common.behaviours.train_teams` that ship.
+"""Choose the snapshots of `behaviours.train_teams` that ship.
 
-    python -m common.behaviours.select_teams --task simple-spread --snapshots FOLDER
-    python -m common.behaviours.select_teams --task simple-tag --snapshots FOLDER --prey 2000
+    python -m behaviours.select_teams --task simple-spread --snapshots FOLDER
+    python -m behaviours.select_teams --task simple-tag --snapshots FOLDER --prey 2000
 
 Every snapshot acts for `--episodes` episodes with the data's noise; their returns are kept in
 FOLDER/evaluation.csv. `expert` is the best snapshot, `medium` the one, trained less than that,
 whose return is nearest halfway between uniform actions and expert; `replay` are snapshots evenly
-spaced in updates from the fresh policy to medium. Writes `common/behaviours/{task}.npz`; with
+spaced in updates from the fresh policy to medium. Writes `common/datasets/makers/{task}.npz`; with
 `--prey` it writes the prey that was trained so many updates to `common/envs/{task}-prey.npz`.
 """
 
@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from behaviours.train_teams import make_team
 from common import InputError, cli
-from common.behaviours import uniform
-from common.behaviours.teams import WEIGHTS, Policy, actor, policy_file
-from common.behaviours.train_teams import make_team
+from common.datasets.makers import episodes
+from common.datasets.makers.mpe import WEIGHTS, Policy, actor, policy_file
 from common.envs import VecEnv, mpe
 
 
@@ -28,7 +28,7 @@ class Args:
     task: str
     """a task of common.envs"""
     snapshots: Path
-    """folder that common.behaviours.train_teams wrote to"""
+    """folder that behaviours.train_teams wrote to"""
     prey: int | None = None
     """write the prey of a training with --prey, after so many updates"""
     noise: float = 0.1
@@ -41,9 +41,9 @@ class Args:
     """file to write, by default the shipped one"""
 
 
-def returns(task: str, act: uniform.Act | None, episodes: int) -> np.ndarray:
+def returns(task: str, act: episodes.Act | None, episodes: int) -> np.ndarray:
     """Returns (episodes,) of episodes that all end at the time limit."""
-    rows = next(uniform.episodes(task, act, episodes, f"{task}-evaluation"))
+    rows = next(episodes.roll_out(task, act, episodes, f"{task}-evaluation"))
     return rows["rewards"].astype(np.float64).reshape(episodes, -1).sum(axis=1)
 
 

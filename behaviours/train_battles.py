@@ -1,6 +1,6 @@
 """Train the policies behind the built-in data of SMAX's maps.
 
-    python -m common.behaviours.train_battles --task 5m_vs_6m --out snapshots/5m_vs_6m
+    python -m behaviours.train_battles --task 5m_vs_6m --out snapshots/5m_vs_6m
 
 Independent PPO (de Witt et al., 2020, https://arxiv.org/abs/2011.09533; its base, Schulman et al.,
 2017, https://arxiv.org/abs/1707.06347) as JaxMARL has it: every agent acts and learns from its own
@@ -22,8 +22,8 @@ import torch
 import torch.nn as nn
 import tyro
 
+from behaviours.train import new_folder
 from common import InputError, cli
-from common.behaviours.train import new_folder
 from common.envs import TASKS, make_vec
 
 

@@ -1,5 +1,4 @@
-"""Whole episodes of many teams side by side, and the built-in `random` data of the particle tasks:
-uniform actions, in seconds."""
+"""Whole episodes of many teams side by side, by any policy."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ Act = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 """From observations (E, N, obs_dim) to actions (E, N, action_dim) in [-1, 1]"""
 
 
-def episodes(
+def roll_out(
     task: str, act: Act | None = None, num_envs: int | None = None, name: str | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Batches of whole episodes without end, one after another: D4RL's keys, (rows, ...).
@@ -76,10 +75,3 @@ def append(
         done += n
         bar.update(n)
     file["timeouts"][done - 1] = not file["terminals"][done - 1]
-
-
-def write(file: h5py.File, task: str, size: int, bar: tqdm) -> None:
-    """`size` transitions of uniform actions into an empty file."""
-    append(file, episodes(task), range(size), size, bar)
-    file["metadata/algorithm"] = "uniform actions"
-    file["metadata/versions/numpy"] = np.__version__
