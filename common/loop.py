@@ -47,7 +47,7 @@ class Training:
         torch.manual_seed(args.seed)
         self.replay = Replay(dataset, S, args.deployments, self.num_steps, self.device)
         self.phase, self.done = 0, 0  # deployment k, 0 for the offline phase; its updates so far
-        self.captured = None
+        self.graph, self.captured = args.cuda_graph and self.device.type == "cuda", None
 
     def begin(self, agent: nn.Module, strategy: Strategy | None = None) -> None:
         """Where the checkpoint says, or afresh; makes the run's folder."""
@@ -94,8 +94,7 @@ class Training:
         if self.captured is None or self.captured.function is not update:
             kind = getattr(agent, "kind", None)
             kind_of = None if kind is None else lambda number: kind(number, offline)
-            graph = args.cuda_graph and self.device.type == "cuda"
-            self.captured = Graphed(update, graph, kind_of)
+            self.captured = Graphed(update, self.graph, kind_of)
         before = runs.updates_before(args, self.phase)
         for number in run.updates(name, self.done, stop, before):
             losses, self.done = self.captured(number), number
@@ -114,8 +113,8 @@ class Training:
 
     def evaluate(self, k: int) -> list[list[float]]:
         """Returns of --eval-episodes episodes per seed, whose starts depend on k alone."""
-        seed = self.args.seed, k
-        return episode_returns(self.eval_envs, self.agent, self.args.num_seeds, seed, self.device)
+        envs, S, seed = self.eval_envs, self.args.num_seeds, (self.args.seed, k)
+        return episode_returns(envs, self.agent, S, seed, self.device, self.graph)
 
     # Deployments
 
@@ -133,7 +132,13 @@ class Training:
         self.set_deployment(k)
         start, seed = time.perf_counter(), (args.seed, k)
         data, returns = collect(
-            self.envs, self.agent, self.num_steps, seed, self.device, args.exploration
+            self.envs,
+            self.agent,
+            self.num_steps,
+            seed,
+            self.device,
+            args.exploration,
+            self.graph,
         )
         self.steps_per_second = S * self.num_steps / (time.perf_counter() - start)
         exploring = None
@@ -171,22 +176,42 @@ class Training:
         self.run.record_return(k, k * self.num_steps, returns, alpha, exploring)
 
 
-def team_actions(
-    agent: nn.Module, obs: np.ndarray, num_seeds: int, device: torch.device, explorer: int = -1
-):
-    """Actions of every seed's team, E environments per seed: (S * E, N, obs_dim) -> (S * E, N,
-    action_dim) array. Agent number `explorer` explores; -1: none does."""
-    by_group = torch.as_tensor(obs).unflatten(0, (num_seeds, -1)).transpose(1, 2).flatten(0, 1)
-    by_group, N = by_group.to(device), obs.shape[1]
-    actions = agent.act(by_group)  # (G, E, action_dim)
-    if explorer >= 0:
-        actions[explorer::N] = agent.explore(by_group)[explorer::N]
-    by_env = actions.unflatten(0, (num_seeds, -1)).transpose(1, 2).flatten(0, 1)
-    return by_env.cpu().numpy()
+def team_policy(
+    agent: nn.Module, obs: np.ndarray, num_seeds: int, device: torch.device, graph: bool = False
+) -> Callable:
+    """The function from observations of every seed's team, E environments per seed, to actions:
+    (S * E, N, obs_dim) -> (S * E, N, action_dim) arrays. Agent number `explorer`, its second
+    argument, explores; -1: none does. `obs` gives the shape; `graph`: as a CUDA graph."""
+    N = obs.shape[1]
+
+    def grouped(obs: np.ndarray) -> torch.Tensor:
+        return torch.as_tensor(obs).unflatten(0, (num_seeds, -1)).transpose(1, 2).flatten(0, 1)
+
+    by_group = grouped(obs).to(device, copy=True)  # stays where the graph reads it
+
+    def act(explorer: int) -> torch.Tensor:
+        actions = agent.act(by_group)  # (G, E, action_dim)
+        if explorer >= 0:
+            actions[explorer::N] = agent.explore(by_group)[explorer::N]
+        return actions.unflatten(0, (num_seeds, -1)).transpose(1, 2).flatten(0, 1)
+
+    graphed = Graphed(act, graph, lambda explorer: explorer)
+
+    def policy(obs: np.ndarray, explorer: int = -1) -> np.ndarray:
+        by_group.copy_(grouped(obs))
+        return graphed(explorer).cpu().numpy()
+
+    return policy
 
 
 def collect(
-    envs, agent: nn.Module, steps: int, seed, device: torch.device, exploration: str = "none"
+    envs,
+    agent: nn.Module,
+    steps: int,
+    seed,
+    device: torch.device,
+    exploration: str = "none",
+    graph: bool = False,
 ):
     """Run pi^{k-1} for M steps, one environment per seed; with sequential exploration agent i
     explores during the i-th of N equal shares of them, section 4.6.
@@ -207,9 +232,10 @@ def collect(
     }
     returns, episode_return, begun = [[] for _ in range(S)], np.zeros(S), np.zeros(S, int)
     latest_begin = max(0, steps - envs.max_episode_steps)
+    policy = team_policy(agent, obs, S, device, graph)
     for t in range(steps):
         explorer = t * N // steps if exploration == "sequential" else -1
-        actions = team_actions(agent, obs, S, device, explorer)
+        actions = policy(obs, explorer)
         next_obs, rewards, terminations, truncations, final_obs = envs.step(envs.to_box(actions))
         step_data = (obs, actions, rewards, final_obs, terminations, explorer)
         for array, value in zip(data.values(), step_data, strict=True):
@@ -224,14 +250,14 @@ def collect(
 
 
 def episode_returns(
-    envs, agent: nn.Module, num_seeds: int, seed, device: torch.device
+    envs, agent: nn.Module, num_seeds: int, seed, device: torch.device, graph: bool = False
 ) -> list[list[float]]:
     """Returns of the first episode in every environment, per seed."""
     obs = envs.reset(seed=seed)
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
+    policy = team_policy(agent, obs, num_seeds, device, graph)
     while running.any():
-        actions = team_actions(agent, obs, num_seeds, device)
-        obs, rewards, terminations, truncations, _ = envs.step(envs.to_box(actions))
+        obs, rewards, terminations, truncations, _ = envs.step(envs.to_box(policy(obs)))
         returns += rewards * running
         running &= ~(terminations | truncations)
     return returns.reshape(num_seeds, -1).tolist()

@@ -67,7 +67,7 @@ def match_by_embedding(
     # One block: parts kept between the pairs that are freed would fragment the memory
     distances = candidates.new_empty(num_groups, candidates.shape[1])
     for start in range(0, candidates.shape[1], chunk):
-        pairs = torch.cdist(candidates[:, start : start + chunk], references, p=1)  # (G, b, D)
+        pairs = l1_pairs(candidates[:, start : start + chunk], references)  # (G, b, D)
         if exclude is not None:
             forbidden = exclude[:, start : start + chunk].unsqueeze(2)
             pairs = pairs.masked_fill(
@@ -75,6 +75,15 @@ def match_by_embedding(
             )
         distances[:, start : start + chunk] = pairs.amin(dim=2)
     return distances
+
+
+def l1_pairs(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """l1 distances of all pairs: (G, b, d), (G, D, d) -> (G, b, D)."""
+    if not x.is_cuda:
+        return torch.cdist(x, y, p=1)
+    # cdist's kernel gives a block of threads to every pair, whose few dimensions leave it idle
+    differences = x.movedim(2, 0).unsqueeze(3) - y.movedim(2, 0).unsqueeze(2)  # (d, G, b, D)
+    return torch.linalg.vector_norm(differences, 1, dim=0)
 
 
 def find_self_matches(candidates: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
@@ -155,6 +164,8 @@ def draw_by_rank(
     """
     num_groups, num_candidates = distances.shape
     device = distances.device
+    # A NaN's sign counts in CUDA's sorts
+    distances = distances.masked_fill(distances.isnan(), torch.nan)
     shuffle = torch.rand(distances.shape, generator=generator, device=device).argsort(dim=1)
     by_rank = shuffle.gather(1, distances.gather(1, shuffle).argsort(dim=1, stable=True))
     if replacement:

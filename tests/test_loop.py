@@ -72,7 +72,8 @@ def test_every_team_acts_by_its_own_seeds_learners():
             return -1 - self.act(obs)
 
     for explorer in (-1, 2):
-        actions = loop.team_actions(Naming(), obs, S, torch.device("cpu"), explorer)
+        policy = loop.team_policy(Naming(), np.zeros_like(obs), S, torch.device("cpu"))
+        actions = policy(obs, explorer)
         assert actions.shape == (S * E, N, 3)
         for s in range(S):
             for e in range(E):

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from common import loop, runs
+from common import runs
 from common.device import Graphed
+from common.envs import VecEnv
 from common.replay import Replay
 from tests.helpers import (
     SCRIPTS,
@@ -240,6 +241,8 @@ def end_life(monkeypatch, module, what, count):
 
     def counted(name, function):
         def call(*args, **kwargs):
+            if name == "update" and "update" not in args[0].function.__name__:
+                return function(*args, **kwargs)  # acting
             seen[name] += 1
             if (what, count) == (name, seen[name]):
                 raise Killed
@@ -251,7 +254,7 @@ def end_life(monkeypatch, module, what, count):
 
     monkeypatch.setattr(Graphed, "__call__", counted("update", Graphed.__call__))
     monkeypatch.setattr(os, "replace", counted("write", os.replace))
-    monkeypatch.setattr(loop, "team_actions", counted("step", loop.team_actions))
+    monkeypatch.setattr(VecEnv, "to_box", counted("step", VecEnv.to_box))
 
 
 # 60 offline updates and twice 40, a checkpoint every 17, evaluations of 20 steps at update 30 and
