@@ -1,4 +1,4 @@
-"""Choose the snapshots of a training that ship, and write them to `common/datasets/makers/{task}.npz`.
+"""Choose the snapshots of a training that ship: `common/datasets/makers/{task}.npz`.
 
     python -m behaviours.select --task hopper --snapshots snapshots/hopper
 

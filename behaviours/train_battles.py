@@ -8,8 +8,8 @@ observations and the team's reward, and all of them share one actor and one crit
 have no probability, and what happens while an agent is dead is not learned from.
 
 OUT/returns.csv has the episodes' returns and wins, by the stochastic policy. At the end two actors
-are written to OUT/{task}.npz (see common/datasets/makers/smax.py): `expert` is the last, `medium` the
-first whose episodes are won half as often.
+are written to OUT/{task}.npz (see common/datasets/makers/smax.py): `expert` is the last, `medium`
+the first whose episodes are won half as often.
 """
 
 import csv

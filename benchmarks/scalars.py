@@ -9,7 +9,6 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import write_csv
-from benchmarks.curves import name_of
 from common import InputError, cli, runs
 
 
@@ -34,7 +33,7 @@ def main(args: Args) -> None:
                 first = {
                     "script": run["script"],
                     "env": run["args"]["env"],
-                    "strategy": name_of(run["args"]),
+                    "strategy": runs.strategy_name(run["args"]),
                     "seed": run["seed"],
                     "tag": tag,
                 }

@@ -6,7 +6,7 @@
 #         "--offline-updates 12000" "--finetune-updates 100 --deployment-steps 4000"
 #
 # An offline policy of the same flags that is there already is taken. Then:
-# python -m benchmarks.curves runs/strategies/SCRIPT/ENV --csv FILE.csv --figure FILE.png
+# python -m benchmarks.aggregate runs/strategies/SCRIPT/ENV --csv FILE.csv --out FILE.png
 set -euo pipefail
 script=$1 env=$2 strategies=$3 offline_flags=$4 online_flags=$5
 export OMP_NUM_THREADS=1

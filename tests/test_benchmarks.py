@@ -7,13 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import tyro
 
 from benchmarks import (
-    curves,
     drawn_transitions,
     offline_table,
     plot_run,
@@ -25,9 +23,6 @@ from common import cli
 from tests.helpers import random_team
 
 ROOT = Path(__file__).parents[1]
-STRATEGY = {"sampling": "otc", "distance": "value", "adaptive_alpha": True, "alpha": 1.0}
-STRATEGY |= {"exploration": "none", "alpha_max": None, "replacement": True}
-STRATEGY |= {"exclude_self_matches": False}
 
 
 def test_speed_times_every_strategy_and_shares_out_the_time(monkeypatch, tmp_path, capsys):
@@ -94,36 +89,6 @@ def test_the_offline_table_takes_the_first_policy_and_tells_ma_cql_from_omar(tmp
     printed = capsys.readouterr().out
     ma_cql = next(line for line in printed.splitlines() if "--omar-coefficient 0" in line)
     assert ma_cql.split("|")[5].strip() == "2" and "| 2000 | 20.0 +- 10.0 |" in ma_cql
-
-
-def test_curves_average_the_seeds_of_a_strategy(tmp_path, capsys):
-    for sampling, shift in (("otc", 0.0), ("uniform", 10.0)):
-        for seed, value in ((1, 100.0), (2, 300.0)):
-            its_returns = [value, value + shift, value + 2 * shift]
-            options = STRATEGY | {"sampling": sampling}
-            fake_run(tmp_path, "otc_td3bc", seed, its_returns, **options)
-    curves.main(curves.Args(str(tmp_path), csv=str(tmp_path / "c.csv")))
-    with open(tmp_path / "c.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == 2 * 2 * 3
-    last = [float(r["mean_return"]) for r in rows if r["deployment"] == "2"]
-    assert np.mean(last) == 210 and sorted(last) == [100, 120, 300, 320]
-    printed = capsys.readouterr().out
-    assert "220" in next(line for line in printed.splitlines() if "uniform" in line)
-
-
-def test_curves_refuse_runs_that_are_not_one_table(tmp_path, refusal):
-    argv = tmp_path, "--csv", tmp_path / "c.csv"
-    assert "no returns.csv" in refusal(curves, *argv)
-    first = fake_run(tmp_path, "otc_td3bc", 1, [1.0, 2.0], **STRATEGY)
-    assert "did you mean mean_return" in refusal(curves, *argv, "--column", "mean_retrun")
-    for script, options in (("otc_td3bc", {}), ("otc_bcq", {}), ("otc_td3bc", {"env": "hopper"})):
-        run = fake_run(tmp_path, script, 1, [3.0, 4.0], **STRATEGY | options)
-        said = refusal(curves, *argv)
-        assert str(first) in said and str(run) in said
-        (run / "returns.csv").unlink()
-    fake_run(tmp_path, "otc_td3bc", 2, [3.0], **STRATEGY)
-    assert "fewer deployments" in refusal(curves, *argv)
 
 
 def test_the_offline_table_pools_one_learner_and_every_seed_once(tmp_path, refusal, capsys):
