@@ -41,10 +41,10 @@ class Args:
     """file to write, by default the shipped one"""
 
 
-def returns(task: str, act: episodes.Act | None, episodes: int) -> np.ndarray:
-    """Returns (episodes,) of episodes that all end at the time limit."""
-    rows = next(episodes.roll_out(task, act, episodes, f"{task}-evaluation"))
-    return rows["rewards"].astype(np.float64).reshape(episodes, -1).sum(axis=1)
+def returns(task: str, act: episodes.Act | None, num_episodes: int) -> np.ndarray:
+    """Returns (num_episodes,) of episodes that all end at the time limit."""
+    rows = next(episodes.roll_out(task, act, num_episodes, f"{task}-evaluation"))
+    return rows["rewards"].astype(np.float64).reshape(num_episodes, -1).sum(axis=1)
 
 
 def read(path: Path, args: Args, vec: VecEnv) -> Policy:

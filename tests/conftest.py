@@ -1,10 +1,13 @@
 """One thread per process: the tests' networks are too small for more, and a second thread that has
 to wait for its core makes an update take as long as a thousand. Matrix products as in the scripts,
-whatever a test calls first."""
+whatever a test calls first. Pictures without a screen, whichever test draws first: a process that
+OpenGL refused once aborts at the next."""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    os.environ.setdefault("MUJOCO_GL", "egl")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from pettingzoo.test import parallel_api_test
 
-from common import InputError, datasets
-from common.datasets import load, makers, parse_env, readers
+from common import InputError
+from common.datasets import files, load, makers, parse_env, readers
 from common.datasets.makers import maze as waypoints
 from common.datasets.makers.maze import Controller, shortest_path
 from common.envs import TASKS, make_vec, normalized_score, parallel_env
@@ -147,7 +147,7 @@ def test_bad_input(monkeypatch, capsys, tmp_path):
         make_vec("maze2d-umaze", 1, 0, "1x2")
     for name in ("gymnasium_robotics", "gymnasium_robotics.envs.maze"):
         monkeypatch.setitem(sys.modules, name, None)
-    argv = ["render", "--env", "maze2d-umaze", "--out", str(tmp_path / "a.gif")]
+    argv = ["--env", "maze2d-umaze", "--out", str(tmp_path / "a.gif")]
     assert render.main(argv) == 2
     error = capsys.readouterr().err
     assert "maze2d-umaze needs gymnasium-robotics: pip install" in error and error.count("\n") == 1
@@ -276,7 +276,7 @@ def test_d4rls_files(tmp_path, monkeypatch, size):
             file["infos/goal"] = np.zeros((50, 2), np.float32)
 
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
-    monkeypatch.setattr(datasets, "_download", download)
+    monkeypatch.setattr(files, "download", download)
     team = load(f"maze2d-{size}", "d4rl")
     name = f"maze2d-{size}-sparse-v1"
     assert asked == [f"http://rail.eecs.berkeley.edu/datasets/offline_rl/maze2d/{name}.hdf5"]
