@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from benchmarks import write, write_csv
-from common import InputError, cli, nearest, runs
+from common import InputError, cli, nearest, runs, strategies
 
 
 @dataclass
@@ -205,7 +205,7 @@ def read(args: Args) -> tuple[Cells, list[str]]:
             unfinished.append(folder)
             continue
         task = its["env"] + (f" ({its['split']})" if its.get("split") else "")
-        strategy = " ".join([runs.strategy_name(its), *(f"{n}={its.get(n)}" for n in by)])
+        strategy = " ".join([strategies.strategy_name(its), *(f"{n}={its.get(n)}" for n in by)])
         found.append(Finished(folder, script, strategy, task, record["seed"], its, rows))
     known = {name for run in found for name in run.args}
     for name in (name for name in by if found and name not in known):

@@ -9,7 +9,7 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import write_csv
-from common import InputError, cli, runs
+from common import InputError, cli, runs, strategies
 
 
 @dataclass
@@ -33,7 +33,7 @@ def main(args: Args) -> None:
                 first = {
                     "script": run["script"],
                     "env": run["args"]["env"],
-                    "strategy": runs.strategy_name(run["args"]),
+                    "strategy": strategies.strategy_name(run["args"]),
                     "seed": run["seed"],
                     "tag": tag,
                 }

@@ -1,8 +1,10 @@
-"""The device: which one, what a CPU needs to be fast, and one update as a CUDA graph."""
+"""The device: which one, what a CPU needs to be fast, its random state, and one update as a CUDA
+graph."""
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -46,6 +48,30 @@ def multiply_by_onednn() -> None:
     if is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512":
         os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # read at oneDNN's first product
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+
+
+def get_rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """The state of torch's default generators, the only source of randomness besides the
+    environments' seeds."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Put back what `get_rng_state` returned."""
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+@contextmanager
+def kept_rng_state(device: torch.device) -> Iterator[None]:
+    """Draws inside leave the generators as they were."""
+    state = get_rng_state(device)
+    yield
+    set_rng_state(state, device)
 
 
 class Graphed:

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from common import cli, datasets, runs
-from common.device import Graphed, pick_device
+from common.device import Graphed, get_rng_state, kept_rng_state, pick_device, set_rng_state
 from common.envs import make_vec
 from common.replay import Replay
 from common.strategies import Strategy
@@ -60,7 +60,7 @@ class Training:
             if resumes:
                 self.replay.load_state_dict(checkpoint["replay"])
             self.phase, self.done = checkpoint["progress"]
-            runs.set_rng_state(checkpoint["rng"], self.device)
+            set_rng_state(checkpoint["rng"], self.device)
         self.run = runs.Run(self.args, self.script, checkpoint if self.args.resume else None)
         self.checkpoint = None
 
@@ -71,7 +71,7 @@ class Training:
             "strategy": self.strategy.state_dict(),
             "replay": self.replay.state_dict(),
             "progress": (self.phase, self.done),
-            "rng": runs.get_rng_state(self.device),
+            "rng": get_rng_state(self.device),
         }
         self.run.save(state, name)
 
@@ -101,7 +101,7 @@ class Training:
             if number % args.log_every == 0 or number == stop:
                 run.log_losses(losses, before + number)
                 if hasattr(agent, "value"):
-                    with runs.kept_rng_state(self.device):  # what is logged changes no run
+                    with kept_rng_state(self.device):  # what is logged changes no run
                         obs = replay.gather(replay.draw_offline(args.batch_size))["obs"]
                         value = agent.value(obs).mean(1).view(self.shape)
                     run.log({"otc/value_mean": value}, before + number)

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,14 @@ from tqdm import tqdm
 
 from common import InputError
 from common.datasets import is_omar, parse_env
-from common.envs import normalized_score, win_rate
+from common.envs.tasks import normalized_score, win_rate
+from common.strategies import strategy_name
+
+# What a finished run can be followed by
+NEXT = {
+    "benchmarks": "python -m benchmarks.plot_run {} --figure run.png",
+    "tools": "python -m tools.render --run {} --out policy.gif",
+}
 
 # --- Files ---
 
@@ -121,47 +128,7 @@ def read_offline_checkpoint(args, script: str) -> dict:
     return checkpoint
 
 
-def get_rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """The state of torch's default generators, the only source of randomness besides the
-    environments' seeds."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    """Put back what `get_rng_state` returned."""
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
-@contextmanager
-def kept_rng_state(device: torch.device) -> Iterator[None]:
-    """Draws inside leave the generators as they were."""
-    state = get_rng_state(device)
-    yield
-    set_rng_state(state, device)
-
-
 # --- Run ---
-
-
-def strategy_name(args: dict) -> str:
-    """How a run's updates draw their transitions, from its arguments: otc-value, otc-embedding, or
-    another --sampling, with what differs from OTC's defaults; pi0 where nothing is deployed."""
-    if not args.get("deployments"):
-        return "pi0"
-    if args["sampling"] != "otc":
-        parts = [args["sampling"]]
-    else:
-        parts = ["otc", args["distance"]]
-        parts += [] if args["adaptive_alpha"] else [f"alpha{args['alpha']:g}"]
-        parts += [] if args["alpha_max"] is None else [f"max{args['alpha_max']:g}"]
-        parts += ["no-self-matches"] if args["exclude_self_matches"] else []
-        parts += [] if args["replacement"] else ["no-replacement"]
-    return "-".join(parts + (["exploring"] if args.get("exploration", "none") != "none" else []))
 
 
 def updates_before(args, phase: int) -> int:
@@ -281,16 +248,12 @@ class Run:
         per_seed = stacked.view(len(losses), len(self.seeds), -1).mean(dim=2)
         self.log(dict(zip(losses, per_seed, strict=True)), step)
 
-    def say(self, text: str) -> None:
-        """Print a line, above the progress bar where there is one."""
-        tqdm.write(text)
-
     def record_offline(self, update: int, returns: list[list[float]]) -> None:
         """The offline policy's return after so many updates: `offline/episodic_return`, and a
         line."""
         means = np.array([np.mean(r) for r in returns])
         self.log({"offline/episodic_return": means}, update)
-        self.say(f"offline, {update} updates: return {means.mean():.1f}{spread(returns)}")
+        tqdm.write(f"offline, {update} updates: return {means.mean():.1f}{spread(returns)}")
 
     def record_return(
         self,
@@ -346,7 +309,7 @@ class Run:
             self.log({"charts/win_rate": np.array(wins)}, deployment)
             score += f", {100 * np.mean(wins):.0f} % won"
         score += "" if alpha.isnan().any() else f", alpha {alpha.mean():.2f}"
-        self.say(
+        tqdm.write(
             f"pi^{deployment}: return {means.mean():.1f}{spread(returns)} "
             f"({sum(map(len, returns))} episodes){score}"
         )
@@ -423,7 +386,8 @@ class Run:
             text = "".join(f"{x:{n}.1f} %" for x, n in zip(won, (12, 8), strict=False))
             lines.append(f"{name:>12}{a:12.1f}{b:12.1f}{change:12.1f} %{points:9.1f}{text}")
         print("\n" + "\n".join(lines))
-        print(
-            f"\n{self.folders[0]}"
-            + (f" and {len(self.seeds) - 1} more" if len(self.seeds) > 1 else "")
-        )
+        more = f" and {len(self.seeds) - 1} more" if len(self.seeds) > 1 else ""
+        print(f"\n{self.folders[0]}{more}\nnext: tensorboard --logdir {self.args.run_dir}")
+        for package, command in NEXT.items():
+            if find_spec(package):  # a script copied with common/ has neither
+                print(f"      {command.format(self.folders[0])}")

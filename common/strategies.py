@@ -134,6 +134,22 @@ def make(replay: Replay, args, otc: type[Strategy]) -> Strategy:
     return {**others, "otc": otc}[args.sampling](replay, args)
 
 
+def strategy_name(args: dict) -> str:
+    """How a run's updates draw their transitions, from its arguments: otc-value, otc-embedding, or
+    another --sampling, with what differs from OTC's defaults; pi0 where nothing is deployed."""
+    if not args.get("deployments"):
+        return "pi0"
+    if args["sampling"] != "otc":
+        parts = [args["sampling"]]
+    else:
+        parts = ["otc", args["distance"]]
+        parts += [] if args["adaptive_alpha"] else [f"alpha{args['alpha']:g}"]
+        parts += [] if args["alpha_max"] is None else [f"max{args['alpha_max']:g}"]
+        parts += ["no-self-matches"] if args["exclude_self_matches"] else []
+        parts += [] if args["replacement"] else ["no-replacement"]
+    return "-".join(parts + (["exploring"] if args.get("exploration", "none") != "none" else []))
+
+
 class Priorities:
     """Draws in proportion to one priority per transition: a sum tree of two levels, for Balanced
     Replay.

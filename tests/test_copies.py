@@ -105,6 +105,49 @@ def test_nothing_else_is_copied(pair):
     assert copied <= {"OTC", "main", *NETWORKS}, f"{' and '.join(pair)} both hold {copied}"
 
 
+def imported(path, folder):
+    """A file's module, and those of `folder` that it imports, also inside functions."""
+    package = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            beneath = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in beneath if file_of(name)}
+            found |= modules or {node.module}
+            if len(modules) < len(beneath):
+                found.add(node.module)
+    return package, {name for name in found if name.split(".")[0] == folder and file_of(name)}
+
+
+def file_of(module):
+    path = ROOT.joinpath(*module.split("."))
+    return next((p for p in (path / "__init__.py", path.with_suffix(".py")) if p.exists()), None)
+
+
+def test_common_imports_itself_in_no_circle_and_nothing_else_of_ours():
+    graph = {}
+    for path in sorted((ROOT / "common").rglob("*.py")):
+        package, modules = imported(path, "common")
+        graph[package] = modules
+        for folder in ("behaviours", "tools", "benchmarks", "tests"):
+            assert not imported(path, folder)[1], path
+    assert graph["common.loop"] >= {"common.cli", "common.datasets", "common.runs"}
+
+    def circle(module, above):
+        if module in above:
+            return [*above[above.index(module) :], module]
+        for each in sorted(graph.get(module, ())):
+            if found := circle(each, [*above, module]):
+                return found
+        return None
+
+    for module in graph:
+        found = circle(module, [])
+        assert not found, " imports ".join(found)
+
+
 @pytest.mark.parametrize(
     "path", [*sorted((ROOT / "common").rglob("*.py")), *ROOT.glob("*.py")], ids=str
 )

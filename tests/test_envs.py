@@ -13,7 +13,8 @@ from pettingzoo import ParallelEnv
 from pettingzoo.test import parallel_api_test
 
 from common import InputError
-from common.envs import OMAR_RETURNS, TASKS, make_vec, normalized_score, parallel_env
+from common.envs import TASKS, make_vec, normalized_score, parallel_env
+from common.envs.tasks import OMAR_RETURNS
 
 REPOSITORY = Path(__file__).parent.parent
 PLAIN = {
@@ -216,7 +217,7 @@ def test_seeds():
 
 def test_mujoco_prints_and_writes_nothing(tmp_path):
     code = (
-        "from common.envs import OMAR_RETURNS, TASKS, make_vec, parallel_env\n"
+        "from common.envs import TASKS, make_vec, parallel_env\n"
         "for task in (t for t in TASKS if TASKS[t].family not in ('smax', 'smac')):\n"
         "    make_vec(task, 1, 0).reset()\n"
         "    parallel_env(task).reset()\n"

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import otc_bcq
-from common import runs
+from common import runs, strategies
 from tests.helpers import assert_same, only, run, scalars, tiny
 from tests.tiny_task import ENV
 
@@ -29,7 +29,7 @@ from tests.tiny_task import ENV
     ],
 )
 def test_a_strategys_name(options, name):
-    assert runs.strategy_name(asdict(otc_bcq.Args(**options))) == name
+    assert strategies.strategy_name(asdict(otc_bcq.Args(**options))) == name
 
 
 def test_hyperparameters_are_tensorboards(tmp_path, monkeypatch, data):

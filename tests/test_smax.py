@@ -14,7 +14,8 @@ from common.datasets import load, parse_env
 from common.datasets.makers import mpe as teams
 from common.datasets.makers import smax as battles
 from common.datasets.names import BUILT_IN_SIZES
-from common.envs import SMAX_MAPS, TASKS, make_vec, parallel_env, win_rate
+from common.envs import TASKS, make_vec, parallel_env, win_rate
+from common.envs.tasks import SMAX_MAPS
 from tests.helpers import ROOT, only, run
 
 TASK = "5m_vs_6m"

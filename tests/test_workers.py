@@ -1,13 +1,15 @@
 """Environments in several processes give the numbers of one."""
 
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
-from common.envs import VecEnv, make_vec
-from common.envs.workers import WorkerVecEnv
+from common.envs import VecEnv, make_vec, num_cores
+from common.envs.workers import WorkerVecEnv, free_cores
 from tests.tiny_task import ENV, Point
 
 
@@ -118,10 +120,21 @@ def test_processes_end_with_the_environments():
 
 
 def test_processes_start_only_where_they_pay(monkeypatch):
-    monkeypatch.setattr("common.envs.num_cores", lambda: 4)
+    monkeypatch.setattr("common.envs.free_cores", lambda: 4)
     assert make_vec("hopper", 10, 0, None, None).num_workers == 3
     assert make_vec("hopper", 5, 0, None, None).num_workers == 1
     for task, num_envs in (("hopper", 3), ("hopper", 1), ("navigation", 100), (ENV, 10)):
         assert not isinstance(make_vec(task, num_envs, 0, None, None), WorkerVecEnv)
     assert not isinstance(make_vec("hopper", 1, 0, None, 3), WorkerVecEnv)
     assert isinstance(make_vec("hopper", 10, 0), VecEnv)
+
+
+def test_a_busy_core_is_not_free():
+    endless = "print(flush=True)\nwhile True: pass"
+    busy = subprocess.Popen([sys.executable, "-c", endless], stdout=subprocess.PIPE)
+    try:
+        busy.stdout.readline()
+        assert 1 <= free_cores() <= max(1, num_cores() - 1)
+    finally:
+        busy.kill()
+        busy.wait()

@@ -8,7 +8,8 @@ from common import InputError, nearest
 from common.datasets import files, makers, readers, team
 from common.datasets.names import BUILT_IN_SIZES, QUALITIES, is_omar, parse_env
 from common.datasets.team import TeamDataset
-from common.envs import TASKS, make_vec
+from common.envs import make_vec
+from common.envs.tasks import TASKS
 
 __all__ = ["TeamDataset", "is_omar", "load", "parse_env"]
 

@@ -15,7 +15,7 @@ import h5py
 from tqdm import tqdm
 
 from common import InputError
-from common.envs import TASKS
+from common.envs.tasks import TASKS
 
 D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
 D4RL_MAZE_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/maze2d/"

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from common import InputError, nearest
-from common.envs import TASKS
+from common.envs.tasks import TASKS
 
 # Rows of the built-in data: as many as D4RL v2 has; of the particle tasks as the OTC paper has; a
 # maze has one set, without a quality (D4RL's have 1, 2 and 4 million rows); and of family mpe as

@@ -18,8 +18,9 @@ from gymnasium.spaces import Box
 from pettingzoo import ParallelEnv
 
 from common import InputError
-from common.envs import AGENT_COLOURS, TASKS, VecEnv
 from common.envs.mujoco import mujoco  # MuJoCo's warnings as that file wants them
+from common.envs.tasks import AGENT_COLOURS, TASKS
+from common.envs.vec import VecEnv
 
 REACH = 0.5
 """at most so far from the goal a step is rewarded"""

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from gymnasium.spaces import Box
 
-from common.envs import AGENT_COLOURS, TASKS
 from common.envs.particle import ParticleParallelEnv, ParticleVecEnv, blank, disc
+from common.envs.tasks import AGENT_COLOURS, TASKS
 
 DT = 0.1
 DAMPING = 0.25

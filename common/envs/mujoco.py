@@ -15,7 +15,8 @@ from gymnasium.spaces import Box
 from pettingzoo import ParallelEnv
 
 from common import InputError
-from common.envs import AGENT_COLOURS, TASKS, VecEnv
+from common.envs.tasks import AGENT_COLOURS, TASKS
+from common.envs.vec import VecEnv
 
 
 def _warn(message: str) -> None:

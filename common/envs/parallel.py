@@ -23,7 +23,7 @@ from gymnasium.spaces import Box, Dict, Discrete
 from pettingzoo import ParallelEnv
 
 from common import InputError, nearest
-from common.envs import VecEnv, choose
+from common.envs.vec import VecEnv, choose
 
 
 def find_factory(name: str) -> Callable[..., ParallelEnv]:

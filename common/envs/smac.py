@@ -15,8 +15,9 @@ from gymnasium.spaces import Box, Dict, Discrete
 from pettingzoo import ParallelEnv
 
 from common import InputError
-from common.envs import TASKS, VecEnv
 from common.envs.parallel import ParallelTeam
+from common.envs.tasks import TASKS
+from common.envs.vec import VecEnv
 
 NO_OP = 0
 

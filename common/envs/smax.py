@@ -20,7 +20,8 @@ from gymnasium.spaces import Box, Dict, Discrete
 from pettingzoo import ParallelEnv
 
 from common import InputError, cache_dir
-from common.envs import AGENT_COLOURS, TASKS, VecEnv, choose
+from common.envs.tasks import AGENT_COLOURS, TASKS
+from common.envs.vec import VecEnv, choose
 
 STOP = 4
 """the action of an agent that is dead"""

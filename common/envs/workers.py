@@ -1,8 +1,9 @@
 """Environments stepped in parallel processes: the same numbers as in one, on several cores.
 
 Every process, this one too, holds some of the teams in a `VecEnv` of its own. Actions, results and
-orders are in memory that all share; who waits looks at it over and over, and sleeps in between only
-when nothing has come for a while, since a sleeper wakes later than a step takes. The processes are
+orders are in memory that all share; who waits looks at it over and over, giving its core to whoever
+else wants it, and sleeps in between only when nothing has come for a while, since a sleeper wakes
+later than a step takes. The processes are
 plain subprocesses because multiprocessing would import the user's script, and torch with it, in
 each of them.
 """
@@ -21,9 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from common.envs import VecEnv, make_vec
+from common.envs.families import make_vec
+from common.envs.vec import VecEnv
 
 STEP, CALL = 1, 2
+WORK = "import sys; from common.envs.workers import work; work(*map(int, sys.argv[1:]))"
 FENCE = threading.Lock()
 RESULTS = ("obs", "rewards", "terminations", "truncations", "final_obs")
 
@@ -56,6 +59,24 @@ def shared_arrays(fd: int, sizes: tuple[int, ...]) -> dict[str, np.ndarray]:
     }
 
 
+def num_cores() -> int:
+    """The cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux only
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def free_cores() -> int:
+    """The cores that this process may use and nobody else does now, at least its own."""
+    running = []
+    for _ in range(5):  # the least: who wakes up for a moment is not busy
+        try:
+            running.append(int(Path("/proc/loadavg").read_text().split()[3].split("/")[0]))
+        except (OSError, ValueError, IndexError):  # no Linux
+            return num_cores()
+        time.sleep(0.005)
+    return max(1, num_cores() - max(0, min(running) - 1))
+
+
 def fence() -> None:
     """What this process wrote before is seen by the others before what it writes after, on
     processors that reorder writes as well."""
@@ -64,8 +85,8 @@ def fence() -> None:
 
 
 def wait(ready: Callable[[], bool], check: Callable[[], None]) -> None:
-    """Until `ready()`: looks without a pause for a millisecond, then sleeps longer and longer, up
-    to 10 ms, and calls `check` as well."""
+    """Until `ready()`: looks for a millisecond, after everyone else who waits for this core, then
+    sleeps longer and longer, up to 10 ms, and calls `check` as well."""
     begin = time.perf_counter()
     while not ready():
         waited = time.perf_counter() - begin
@@ -73,6 +94,8 @@ def wait(ready: Callable[[], bool], check: Callable[[], None]) -> None:
             if waited > 0.1:
                 check()
             time.sleep(min(waited / 100, 0.01))
+        else:
+            os.sched_yield()
     fence()
 
 
@@ -120,7 +143,7 @@ class WorkerVecEnv(VecEnv):
             self.shared = shared_arrays(fd, sizes)
             for number, share in enumerate(self.shares[1:]):
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "common.envs.workers", str(fd)],
+                    [sys.executable, "-c", WORK, str(fd), str(os.getpid())],
                     stdin=subprocess.PIPE,
                     env=env,
                     pass_fds=[fd],
@@ -194,9 +217,9 @@ class WorkerVecEnv(VecEnv):
         self.own.close()
 
 
-def work(fd: int) -> None:
+def work(fd: int, parent: int) -> None:
     """A process: carries out orders until its parent is gone."""
-    told, parent = sys.stdin.buffer, os.getppid()
+    told = sys.stdin.buffer
     task, split, sizes, number, share = pickle.load(told)
     shared = shared_arrays(fd, sizes)
     orders, done = shared["orders"], shared["done"][number]
@@ -221,7 +244,3 @@ def work(fd: int) -> None:
                 vec.set_deployment(*argument)
         fence()
         done[0] += 1
-
-
-if __name__ == "__main__":
-    work(int(sys.argv[1]))

@@ -14,7 +14,8 @@ from common import InputError, cache_dir, nearest
 from common.datasets.files import made_once
 from common.datasets.makers import maze, mpe, mujoco, particle, smax
 from common.datasets.names import BUILT_IN_SIZES, QUALITIES, data_name
-from common.envs import TASKS, num_cores
+from common.envs import num_cores
+from common.envs.tasks import TASKS
 
 
 def maker_of(task: str):

@@ -7,7 +7,8 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from common.envs import TASKS, make_vec
+from common.envs import make_vec
+from common.envs.tasks import TASKS
 
 EPISODES = 1024
 """rolled out side by side; a file depends on it"""

@@ -14,7 +14,8 @@ import numpy as np
 
 from common.datasets.makers import episodes
 from common.datasets.makers.mpe import Policy, load_policies, snapshot
-from common.envs import choose, make_vec
+from common.envs import make_vec
+from common.envs.vec import choose
 
 VERSION = 1
 """names the files; another one where their content changes"""
