@@ -225,8 +225,8 @@ def check(job: Job) -> None:
     except InputError as error:
         raise InputError(f"{job.name}: {error}") from None
     except SystemExit:  # tyro draws a box around what it says
-        text = " ".join(re.sub(r"[─│╭╮╰╯]", " ", said.getvalue()).split())
-        raise InputError(f"{job.name}: {text[:160]}") from None
+        text = " ".join(re.sub(r"[─│╭╮╰╯]|-{3,}", " ", said.getvalue()).split())
+        raise InputError(f"{job.name}: {text[:200]}") from None
 
 
 # --- A job's folder ---

@@ -1,0 +1,224 @@
+"""A grid becomes jobs; what is done is not done again, whatever ended it before."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import sweep
+from common import InputError, cli
+from tests.helpers import QUICK, ROOT, assert_same
+from tests.tiny_task import ENV, write_data
+
+GRID = {
+    "scripts": ["otc_bcq", "ours"],
+    "envs": ["hopper-medium", "one-agent"],
+    "strategies": ["uniform", "near"],
+    "seeds": 5,
+    "seeds-per-job": 3,
+    "flags": {"offline-updates": 7, "finetune-updates": 3, "cuda-graph": False},
+    "script": {"ours": {"script": "otc_awac", "temperature": 2.0}},
+    "env": {"one-agent": {"env": "hopper-random", "split": "1x3"}},
+    "strategy": {"near": {"sampling": "otc", "distance": "value", "candidates": 300}},
+}
+
+
+def test_a_grids_jobs():
+    jobs = sweep.jobs_of(GRID)
+    assert len(jobs) == 2 * 2 * 2 * (1 + 2) and len({job.key for job in jobs}) == len(jobs)
+    by_name = {job.name: job for job in jobs}
+    start, job = by_name["ours-one-agent-pi0-4-5"], by_name["ours-one-agent-near-4-5"]
+    common = {"offline_updates": 7, "cuda_graph": False, "temperature": 2.0, "split": "1x3"}
+    common |= {"env": "hopper-random", "seed": 4, "num_seeds": 2}
+    assert start.script == job.script == "otc_awac" and start.start is None
+    assert start.flags == common | {"deployments": 0, "sampling": "uniform"}
+    otc = {"sampling": "otc", "distance": "value", "candidates": 300}
+    assert job.flags == common | otc | {"finetune_updates": 3} and job.start == start
+    assert jobs.index(start) < jobs.index(job)
+    argv = sweep.argv_of(job.flags)
+    assert "--no-cuda-graph" in argv and argv[argv.index("--finetune-updates") + 1] == "3"
+    args = cli.parse(__import__("otc_awac").Args, argv)
+    assert (args.temperature, args.candidates, args.num_seeds) == (2.0, 300, 2)
+
+
+def test_who_needs_an_embedding_starts_from_a_policy_with_one():
+    embedding = {"sampling": "otc", "distance": "embedding", "embedding-dim": 4}
+    grid = GRID | {"strategy": GRID["strategy"] | {"near": embedding}}
+    start = next(job for job in sweep.jobs_of(grid) if job.start is None)
+    assert start.flags["distance"] == "embedding" and start.flags["embedding_dim"] == 4
+    assert start.flags["deployments"] == 0 and start.flags["sampling"] == "otc"
+
+
+def test_more_of_something_leaves_the_others_as_they_are():
+    keys = [job.key for job in sweep.jobs_of(GRID | {"seeds": 3})]
+    for more in (
+        {"seeds": 6},
+        {"strategies": [*GRID["strategies"], "offline"], "seeds": 3},
+        {"envs": [*GRID["envs"], "walker2d-medium"], "seeds": 3},
+        {"scripts": [*GRID["scripts"], "otc_td3bc"], "seeds": 3},
+    ):
+        found = [job.key for job in sweep.jobs_of(GRID | more)]
+        assert set(keys) < set(found)
+    other = sweep.jobs_of(GRID | {"seeds": 3, "flags": GRID["flags"] | {"offline-updates": 8}})
+    assert not set(keys) & {job.key for job in other}  # a strategy's start counts as well
+
+
+def test_without_strategies_there_are_offline_jobs_alone():
+    jobs = sweep.jobs_of(GRID | {"strategies": [], "strategy": {}})
+    assert len(jobs) == 8 and not any(job.start for job in jobs)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("scripts = [", "not TOML"),
+        ('scripts = ["otc_bcq"]\nenvs = ["hopper-medium"]', "seeds is missing"),
+        ("script = 1", "script must be a dict"),
+        ("sseeds = 3", "unknown 'sseeds': did you mean seeds"),
+        ("BASE\nseeds-per-job = 0", "at least 1"),
+        ('BASE\nstrategies = ["unifrom"]', "'unifrom': did you mean uniform"),
+        ("BASE\n[strategy.near]\ndistance = 'value'", r"\[strategy.near\] is not among"),
+        ("BASE\n[flags]\noffline-update = 3", "no --offline-update: did you mean offline_updates"),
+        ("BASE\n[flags]\nseed = 3", "--seed is the sweep's own"),
+        ("BASE\n[flags]\ngamma = [1]", "must be one value"),
+        ("BASE\n[flags]\ngamma = 2.0", "otc_bcq-hopper-medium-pi0-1-5: --gamma is 2.0; it must be"),
+        ("BASE\n[flags]\noffline-updates = 'many'", "pi0-1-5: .*many"),
+        ("BASE\n[flags]\ndevice = 'gpu'", "pi0-1-5: .*gpu"),
+        ("BASE\n[script.otc_bcq]\nscript = 'otc_bqc'", "no script 'otc_bqc': did you mean otc_bcq"),
+    ],
+)
+def test_bad_grids(tmp_path, capsys, text, message):
+    base = 'scripts = ["otc_bcq"]\nenvs = ["hopper-medium"]\nseeds = 5'
+    (tmp_path / "grid.toml").write_text(text.replace("BASE", base))
+    for what in ("plan", "run"):
+        args = sweep.Args(what, tmp_path / "grid.toml", tmp_path / "out")
+        with pytest.raises(InputError, match=message) as found:
+            sweep.main(args)
+        assert str(found.value).count("\n") < 2
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="cannot be read"):
+        sweep.main(sweep.Args("plan", tmp_path / "none.toml"))
+
+
+def test_slurms_arrays(tmp_path, capsys):
+    path = tmp_path / "my grid.toml"
+    path.write_text('scripts = ["otc_bcq"]\nenvs = ["hopper-medium", "hopper-random"]\n'
+                    'strategies = ["uniform", "otc"]\nseeds = 1\n')  # fmt: skip
+    out = tmp_path / "out"
+    sweep.main(sweep.Args("run", path, out, executor="slurm", gpus_per_job=1))
+    first, second = (
+        (out / "my grid" / f"{n}.sbatch").read_text() for n in ("offline", "strategies")
+    )
+    assert "--array=0,3\n" in first and "--array=1,2,4,5\n" in second
+    assert "#SBATCH --gpus-per-task=1\n" in first and f"--out {out.resolve()}" in first
+    assert f"job '{path}' --out" in first and '--number "$SLURM_ARRAY_TASK_ID"' in second
+    said = capsys.readouterr().out
+    assert re.search(r"offline=\$\(sbatch --parsable '.*offline.sbatch'\)", said)
+    assert "--dependency=afterok:$offline" in said
+    for text in (first, second):
+        assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+    with pytest.raises(InputError, match="--number 6: expected 0 to 5"):
+        sweep.main(sweep.Args("job", path, out, number=6))
+
+
+# --- Whole sweeps ---
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """One script, two seeds together, two strategies, and one that fails as it begins."""
+    folder = tmp_path_factory.mktemp("sweep")
+    flags = {k[2:]: v for k, v in QUICK.items() if k not in ("--num-seeds", "--env-workers")}
+    flags |= {"dataset": str(write_data(folder / "point.hdf5")), "offline-updates": 1500}
+    flags |= {"eval-every": 500, "checkpoint-every": 100, "finetune-updates": 300}
+    for own in ("seed", "threads"):
+        flags.pop(own, None)
+    too_many = flags["deployment-steps"] + 1
+    lines = ['scripts = ["otc_bcq"]', f'envs = ["{ENV}"]', "seeds = 2"]
+    lines += ['strategies = ["otc", "uniform", "too-many"]', "[flags]"]
+    lines += [f"{name} = {value!r}".replace("True", "true") for name, value in flags.items()]
+    lines += ["[strategy.too-many]", 'sampling = "otc"', f"references = {too_many}"]
+    (folder / "grid.toml").write_text("\n".join(lines))
+    return folder / "grid.toml"
+
+
+def driver(grid, out, what="run"):
+    command = [sys.executable, "-m", "benchmarks.sweep", what, grid, "--out", out]
+    command += ["--workers", "1"]
+    return subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(grid, tmp_path_factory):
+    """The sweep that nothing interrupts: its folder, exit status and what it said."""
+    out = tmp_path_factory.mktemp("whole")
+    process = driver(grid, out)
+    return out, *process.communicate(), process.returncode
+
+
+def finished(out):
+    """{job: (returns.csv of both seeds, checkpoint)}"""
+    found = {}
+    for folder in sorted(out.glob("grid/*")):
+        runs = sorted(path.parent for path in folder.glob("*/returns.csv"))
+        if not runs:
+            continue
+        state = torch.load(runs[0] / "checkpoint.pt", weights_only=True)
+        del state["args"]
+        found[folder.name] = [(run / "returns.csv").read_text() for run in runs], state
+    return found
+
+
+def test_a_failure_is_listed_and_the_rest_goes_on(whole, grid):
+    out, said, errors, status = whole
+    assert status == 1 and "4 jobs, 0 of them done" in said
+    assert len(finished(out)) == 3 and errors.count("\n") == 1
+    assert "too-many" in errors and "exit status 2: error: --references" in errors
+    status_said = driver(grid, out, "status").communicate()[0]
+    assert status_said.strip().endswith("3 done, 1 failed")
+    report = driver(grid, out, "report").communicate()[0]
+    assert "| 2 |" in report and "1 of 4 jobs are not done" in report
+
+
+def test_what_is_done_is_not_done_again(whole, grid):
+    out = whole[0]
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("returns.csv")}
+    said, errors = driver(grid, out).communicate()
+    assert "4 jobs, 3 of them done" in said and "too-many" in errors
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("returns.csv")}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
+def test_an_interrupted_sweep_ends_as_if_it_had_not_been(whole, grid, tmp_path, number):
+    process = driver(grid, tmp_path)
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("grid/*pi0*/*/checkpoint.pt")) and time.time() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    said = process.communicate()[0]
+    assert process.returncode == (143 if number == signal.SIGTERM else -9)
+    if number == signal.SIGTERM:
+        assert "0 of 4 jobs are done; the same command goes on" in said
+        assert not list(tmp_path.glob("grid/*pi0*/*/offline.pt"))  # amid its updates
+    else:  # its job lives: end that too, or the test would not see a second life
+        busy = driver(grid, tmp_path, "status").communicate()[0]
+        assert "running" in busy
+        pids = subprocess.run(
+            ["pgrep", "-f", f"run-dir {tmp_path}"], capture_output=True, text=True
+        )
+        for pid in pids.stdout.split():
+            os.kill(int(pid), signal.SIGKILL)
+    said = driver(grid, tmp_path).communicate()[0]
+    expected, found = finished(whole[0]), finished(tmp_path)
+    assert list(expected) == list(found) and len(found) == 3
+    for job in expected:
+        assert expected[job][0] == found[job][0], job
+        assert_same(expected[job][1], found[job][1])
+    assert len(list(tmp_path.glob("grid/*pi0*/*/args.json"))) == 2  # went on, did not begin anew
