@@ -5,8 +5,7 @@
     done
     python -m benchmarks.offline_table runs/offline --csv docs/results/bcq_offline.csv
 
-and for the runs of benchmarks/single_agent.sh, `runs/single_agent`, and benchmarks/omar.sh,
-`runs/omar`.
+and for the sweeps of benchmarks/grids/single_agent.toml and omar.toml: their folders.
 
 The behaviour's return is the mean of the data's whole episodes, from docs/results/datasets.csv and
 team_datasets.csv; a maze's data has no episodes.
@@ -47,8 +46,10 @@ def main(args: Args) -> None:
     rows, seen = [], {}
     keys = ("script", "env", "split", "offline_updates")
     for folder in args.folders:
-        for path in sorted(Path(folder).glob("*/returns.csv")):
+        for path in sorted(Path(folder).rglob("returns.csv")):
             run = runs.read_record(path.parent)
+            if run["args"].get("offline_checkpoint"):  # the policy of another run
+                continue
             first = next(csv.DictReader(path.open()))
             env = run["args"]["env"]
             script = run["script"]

@@ -356,10 +356,11 @@ def run_one(place: Place, out: Path) -> int:
     try:
         with contextlib.suppress(ValueError):  # Ray's threads have no signals
             signal.signal(signal.SIGTERM, lambda *_: process.terminate())
-        return process.wait()
+        while process.poll() is None:  # Ray's interrupt does not end a wait
+            time.sleep(0.2)
     except KeyboardInterrupt:
         process.terminate()
-        return process.wait()
+    return process.wait()
 
 
 class Ray:

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -123,32 +121,3 @@ def test_tools_refuse_what_they_cannot_read(tmp_path, refusal):
     assert "of otc_td3bc, not otc_bcq" in refusal(value_actions, run, "--csv", out)
     assert "no run folders" in refusal(drawn_transitions, "--csv", out)
     assert "nothing to copy" in refusal(scalars, "--csv", out)
-
-
-def test_strategies_take_the_start_of_any_seed_that_was_finished(tmp_path):
-    """A stand-in for Python makes the run folders and notes its arguments."""
-    python = tmp_path / "bin" / "python"
-    python.parent.mkdir()
-    python.write_text(
-        "#!/usr/bin/env bash\n"
-        'echo "$*" >> calls\n'
-        'run="${@: -1}/env__script__5__$(wc -l < calls)"\n'
-        'mkdir -p "$run"\n'
-        "if [[ ${STOPPED:-} ]]; then exit 130; fi\n"
-        'touch "$run/offline.pt"\n'
-    )
-    python.chmod(0o755)
-    environ = os.environ | {"PATH": f"{python.parent}:{os.environ['PATH']}"}
-    command = [ROOT / "benchmarks" / "strategies.sh", "otc_awac", "hopper-medium"]
-    command += ["otc, uniform", "--seed 5 --num-seeds 1", ""]
-
-    def calls(**more):
-        (tmp_path / "calls").unlink(missing_ok=True)
-        subprocess.run(command, cwd=tmp_path, env=environ | more, capture_output=True)
-        return (tmp_path / "calls").read_text().splitlines()
-
-    assert len(calls(STOPPED="1")) == 1
-    start, *strategies = calls()
-    assert "--deployments 0" in start and len(strategies) == 2
-    assert all("--offline-checkpoint runs/strategies_start/" in each for each in strategies)
-    assert [each for each in calls() if "--deployments 0" in each] == []
