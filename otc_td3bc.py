@@ -298,7 +298,7 @@ def main(args: Args) -> None:
     run.train_offline(offline_update)  # line 2: pi^0 from B^0
     for k in run.deployments():  # line 3
         if run.is_new(k):  # and not resumed amid its updates
-            data = run.deploy(k)  # line 4: D^k; its episodes are the evaluation of pi^{k-1}
+            data = run.deploy(k)  # line 4: D^k; evaluates pi^{k-1} by episodes of their own
             replay.add(**data)  # line 5: B^k = B^{k-1} with D^k
             run.enter(k, strategy.start_deployment(agent, k))  # lines 6 to 8: alpha, equation (4)
         run.finetune(finetune_update)  # lines 9 to 16: pi^k

@@ -67,7 +67,7 @@ class OfflineArgs:
     eval_every: int = 10_000
     """offline updates between two evaluations"""
     eval_episodes: int = 10
-    """episodes of every evaluation and seed, besides those of the deployments"""
+    """episodes of every evaluation and seed; those of the deployments do not count"""
     # Run arguments
     checkpoint_every: int = 10_000
     """updates between two checkpoints, besides those at every deployment"""

@@ -127,11 +127,12 @@ class Training:
         return k > self.phase
 
     def deploy(self, k: int) -> dict[str, np.ndarray]:
-        """Run pi^{k-1} for M steps; record its return, by these episodes. D^k, for `Replay.add`."""
+        """Run pi^{k-1} for M steps: D^k, for `Replay.add`. Records its return, by episodes of their
+        own: of those within M steps, whose number depends on their lengths, the mean is biased."""
         args, S = self.args, self.args.num_seeds
         self.set_deployment(k)
         start, seed = time.perf_counter(), (args.seed, k)
-        data, returns = collect(
+        data, ended = collect(
             self.envs,
             self.agent,
             self.num_steps,
@@ -142,11 +143,9 @@ class Training:
         )
         self.steps_per_second = S * self.num_steps / (time.perf_counter() - start)
         exploring = None
-        if args.exploration != "none":  # those episodes do not judge the policy
-            exploring, returns = returns, [[]]
-        if not all(returns):  # too short for one whole episode
-            returns = self.evaluate(k)
-        self.record_return(k - 1, returns, exploring)
+        if args.exploration != "none":
+            exploring = data["rewards"].sum(1), ended
+        self.record_return(k - 1, self.evaluate(k), exploring)
         return data
 
     def enter(self, k: int, measured: dict[str, torch.Tensor]) -> None:
@@ -216,9 +215,7 @@ def collect(
     """Run pi^{k-1} for M steps, one environment per seed; with sequential exploration agent i
     explores during the i-th of N equal shares of them, section 4.6.
 
-    Returns the arguments of `Replay.add`, and each seed's returns of the episodes that began early
-    enough to end within the M steps whatever their length, so that short episodes are not
-    over-represented.
+    Returns the arguments of `Replay.add`, and the number of episodes that ended, (S,).
     """
     S, N = envs.num_envs, envs.num_agents
     obs = envs.reset(seed=seed)
@@ -230,8 +227,7 @@ def collect(
         "terminations": np.empty((S, steps), bool),
         "explorer": np.empty((S, steps), np.int8),
     }
-    returns, episode_return, begun = [[] for _ in range(S)], np.zeros(S), np.zeros(S, int)
-    latest_begin = max(0, steps - envs.max_episode_steps)
+    ended = np.zeros(S, int)
     policy = team_policy(agent, obs, S, device, graph)
     for t in range(steps):
         explorer = t * N // steps if exploration == "sequential" else -1
@@ -240,13 +236,9 @@ def collect(
         step_data = (obs, actions, rewards, final_obs, terminations, explorer)
         for array, value in zip(data.values(), step_data, strict=True):
             array[:, t] = value
+        ended += terminations | truncations
         obs = next_obs
-        episode_return += rewards
-        for s in np.flatnonzero(terminations | truncations):
-            if begun[s] <= latest_begin:
-                returns[s].append(float(episode_return[s]))
-            episode_return[s], begun[s] = 0.0, t + 1
-    return data, returns
+    return data, ended
 
 
 def episode_returns(

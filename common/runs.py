@@ -261,7 +261,7 @@ class Run:
         env_steps: int,
         returns: list[list[float]],
         alpha: torch.Tensor,
-        exploring: list[list[float]] | None = None,
+        exploring: tuple[np.ndarray, np.ndarray] | None = None,
     ) -> None:
         """A row of returns.csv per seed: the return of pi^k, k = `deployment`, from its episodes.
 
@@ -269,8 +269,8 @@ class Run:
             env_steps: online environment steps that pi^k has learned from.
             returns: the episodes' returns of each seed, S lists.
             alpha: (S, N), the alpha^k that pi^k was fine-tuned with; nan without OTC.
-            exploring: the returns of the episodes of its deployment that explored, which are no
-                part of `returns`; with --exploration only, and never of pi^K.
+            exploring: the sum of rewards of its deployment, which explored, and the episodes that
+                ended in it, (S,) each; with --exploration only, and never of pi^K.
         """
         means = np.array([np.mean(r) for r in returns])
         omar_data = is_omar(self.args.dataset)
@@ -289,9 +289,9 @@ class Run:
             if wins[s] is not None:
                 row["win_rate"] = wins[s]
             if self.args.exploration != "none":
-                explored = [] if exploring is None else exploring[s]
-                row["exploring_episodes"] = len(explored)
-                row["exploring_return"] = float(np.mean(explored)) if explored else np.nan
+                total, count = (np.nan, 0) if exploring is None else (x[s] for x in exploring)
+                row["exploring_episodes"] = int(count)
+                row["exploring_return"] = float(total / count) if count else np.nan
             rows.append(
                 row | {f"alpha_agent_{i}": float(a) for i, a in enumerate(alpha[s].tolist())}
             )
@@ -301,9 +301,8 @@ class Run:
             writer.writerows(rows)
             write_beside(self.folders[s] / "returns.csv", text.getvalue().encode())
         self.log({"charts/episodic_return": means, "charts/normalized_score": scores}, deployment)
-        if exploring is not None and all(exploring):
-            means_exploring = np.array([np.mean(r) for r in exploring])
-            self.log({"charts/exploring_return": means_exploring}, deployment)
+        if exploring is not None and exploring[1].all():
+            self.log({"charts/exploring_return": exploring[0] / exploring[1]}, deployment)
         score = "" if np.isnan(scores).all() else f", normalised score {scores.mean():.1f}"
         if None not in wins:
             self.log({"charts/win_rate": np.array(wins)}, deployment)

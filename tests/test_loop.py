@@ -1,10 +1,14 @@
 """What Algorithm 1's lines in a script call: acting, deploying, evaluating."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
 
 from common import loop
+from tests.helpers import only, run, tiny
+from tests.tiny_task import Point
 
 
 class Counting:
@@ -42,10 +46,10 @@ class Marking:
 @pytest.mark.parametrize("exploration", ["none", "sequential"])
 def test_one_agent_at_a_time_explores_for_its_share_of_exactly_m_steps(exploration, steps):
     envs = Counting(num_envs=2)
-    found, returns = loop.collect(envs, Marking(), steps, 0, torch.device("cpu"), exploration)
+    found, ended = loop.collect(envs, Marking(), steps, 0, torch.device("cpu"), exploration)
     seen = np.stack(envs.seen)  # (steps, S, N)
     assert len(seen) == steps and (found["actions"][..., 0].swapaxes(0, 1) == seen).all()
-    assert returns == [[7.0] * len(range(0, max(1, steps - 6), 7)) if steps > 6 else []] * 2
+    assert ended.tolist() == [steps // 7] * 2
     assert found["explorer"].shape == (2, steps) and found["explorer"].dtype == np.int8
     if exploration == "none":
         assert not seen.any() and (found["explorer"] == -1).all()
@@ -111,3 +115,39 @@ def test_an_evaluation_is_the_first_episode_of_every_environment():
 
     returns = loop.episode_returns(Countdown(), Idle(), 2, 0, torch.device("cpu"))
     assert returns == [[2.0, 50.0], [100.0, 3000.0]]
+
+
+class TwoLengths(Point):
+    """Episodes of 10 or of 100 steps, either as likely; every step pays 1."""
+
+    max_episode_steps = 100
+
+    def reset(self, seed=None, options=None):
+        found = super().reset(seed, options)
+        self.length = self.random.choice([10, 100])
+        return found
+
+    def step(self, actions):
+        obs, rewards, terminated, _, infos = super().step(actions)
+        rewards, ends = dict.fromkeys(rewards, 1.0), self.time == self.length
+        self.agents = [] if ends else self.possible_agents[:]
+        return (
+            obs,
+            rewards,
+            dict.fromkeys(terminated, ends),
+            dict.fromkeys(terminated, False),
+            infos,
+        )
+
+
+@pytest.mark.parametrize("steps", [60, 400])
+def test_short_episodes_count_no_more_than_long_ones(tmp_path, monkeypatch, data, steps):
+    """Whatever M: of the episodes that end within it most are short, the longer ones are cut."""
+    flags = ["--env", f"{__name__}:TwoLengths", "--dataset", data, *tiny("otc_bcq")]
+    flags += ["--deployment-steps", steps, "--eval-episodes", 400, "--sampling", "uniform"]
+    run(monkeypatch, "otc_bcq", *flags, "--eval-every", 60, "--run-dir", tmp_path / "runs")
+    with (only(tmp_path / "runs") / "returns.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 3
+    for row in rows:  # the mean is 55, its standard error 2.25
+        assert row["episodes"] == "400" and 46 < float(row["mean_return"]) < 64

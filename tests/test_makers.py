@@ -10,22 +10,23 @@ import pytest
 from common.datasets import makers
 from tests.helpers import ROOT
 
-# The sum of the first rows, each number times one of its own. Rounding moves it in the sixth digit.
+# The sum of the first rows, each number times one of its own. Few: processors round differently,
+# and a run amplifies it. After 20 rows of halfcheetah the third digit differs, after 5 none here.
 FIRST_ROWS = {
-    ("halfcheetah", "medium"): (1, 9.15235),
-    ("hopper", "medium-replay"): (1, 37.7944),
-    ("walker2d", "random"): (1, 69.386),
-    ("maze2d-umaze", ""): (1, 10.2331),
-    ("predator-prey", "random"): (1, 8.97865),
-    ("navigation", "random"): (1, 17.833),
-    ("simple-spread", "medium"): (1, 42.3596),
-    ("simple-tag", "random"): (1, 15.7248),
-    ("simple-world", "expert"): (1, 6.48532),
-    ("halfcheetah-local", "medium"): (1, 42.0397),
+    ("halfcheetah", "medium"): (1, -11.4732),
+    ("hopper", "medium-replay"): (1, 16.144),
+    ("walker2d", "random"): (1, 63.7161),
+    ("maze2d-umaze", ""): (1, 1.975),
+    ("predator-prey", "random"): (1, 8.43977),
+    ("navigation", "random"): (1, 18.1139),
+    ("simple-spread", "medium"): (1, -0.279434),
+    ("simple-tag", "random"): (1, 15.1713),
+    ("simple-world", "expert"): (1, 9.80857),
+    ("halfcheetah-local", "medium"): (1, 19.2177),
 }
 
 
-def sum_of_first_rows(path, num_rows=20) -> float:
+def sum_of_first_rows(path, num_rows=5) -> float:
     with h5py.File(path) as file:
         total = 0.0
         for key in ("observations", "actions", "rewards", "next_observations"):
@@ -39,7 +40,7 @@ def test_what_a_version_makes_stays_as_it_is(tmp_path, task, quality):
     makers.make(task, quality, 300, tmp_path / "data.hdf5", num_workers=1)
     version, expected = FIRST_ROWS[task, quality]
     found = sum_of_first_rows(tmp_path / "data.hdf5")
-    same = found == pytest.approx(expected, rel=1e-4)
+    same = found == pytest.approx(expected, abs=1e-3)
     is_version = makers.maker_of(task).VERSION == version
     assert same and is_version, (
         f"{makers.maker_of(task).__name__} makes other data: {found!r}; raise its VERSION, so that "
@@ -50,12 +51,12 @@ def test_what_a_version_makes_stays_as_it_is(tmp_path, task, quality):
 def test_the_sum_sees_another_seed_or_reward(tmp_path):
     makers.make("navigation", "random", 300, tmp_path / "data.hdf5")
     before = sum_of_first_rows(tmp_path / "data.hdf5")
-    for key, row in (("rewards", 3), ("observations", (7, 0)), ("timeouts", 250)):
+    for key, row in (("rewards", 3), ("observations", (4, 0)), ("timeouts", 250)):
         with h5py.File(tmp_path / "data.hdf5", "r+") as file:
             was = file[key][row]
             file[key][row] = not was if key == "timeouts" else was + 0.1
         after = sum_of_first_rows(tmp_path / "data.hdf5")
-        assert after != pytest.approx(before, rel=1e-4), key
+        assert after != pytest.approx(before, abs=1e-3), key
         with h5py.File(tmp_path / "data.hdf5", "r+") as file:
             file[key][row] = was
 
