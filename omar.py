@@ -22,9 +22,9 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn as nn
 
-from common import InputError, cli, sampler, strategies
-from common.cli import OnlineArgs, Positive, Share
-from common.embedding import Embedding
+from common import InputError, cli, embedding, sampler, strategies
+from common.cli import Natural, OnlineArgs, Positive, Share
+from common.embedding import Distance
 from common.loop import Training
 from common.nets import Learner, adam, follow, mlp, step
 from common.replay import Replay
@@ -35,14 +35,16 @@ from common.strategies import Strategy
 class Args(OnlineArgs):
     # Other defaults than the other scripts'
     env: str = "simple-spread-medium-replay"
-    deployments: cli.Natural = 0
+    deployments: Natural = 0
     batch_size: int = 1024
 
     # OTC arguments, the same in every script
-    sampling: Literal["otc", "uniform", "balanced", "online", "offline"] = "otc"
-    """transitions of a fine-tuning update: otc; uniform over all data; balanced (Balanced Replay);
-    online data only; or offline data only, the control that further updates alone are measured
-    by"""
+    sampling: Literal["otc", "uniform", "mixed", "balanced", "online", "offline"] = "otc"
+    """transitions of a fine-tuning update: otc; uniform over all data; mixed, with --online-share
+    of online data; balanced (Balanced Replay); online data only; or offline data only, the control
+    that further updates alone are measured by"""
+    online_share: Share | None = None
+    """of mixed; default: what alpha 1 draws if all online candidates come before all others"""
     candidates: int = 512
     """size of the minibatch B of all data that OTC draws from"""
     references: int = 2000
@@ -60,18 +62,25 @@ class Args(OnlineArgs):
     distance_candidates: int = 25_600
     """transitions of all data whose mean distance to the latest deployment's data enters equation
     (4); where the data has no more, all of it"""
+    embedding_updates: Natural | None = None
+    """updates of the distance's networks on the offline data, before the first deployment; default:
+    as many as --offline-updates"""
     embedding_dim: int = 10
-    """latent size of the conditional VAE of the embedding distance"""
+    """latent size of the VAEs of the embedding and two-stage distances"""
     embedding_kl_weight: float = 5e-4
-    """weight of the KL divergence against the squared error in that VAE; see docs/otc.md"""
+    """weight of the KL divergence against the squared error in those VAEs; see docs/otc.md"""
     embedding_learning_rate: float = 1e-4
-    """Adam's, of that VAE"""
+    """Adam's, of those VAEs"""
 
     # OMAR arguments
     finetune_updates: int = 2000
     """L, updates after each deployment"""
-    distance: Literal["embedding", "value"] = "value"
-    """value (d_q) or embedding (d_e: a conditional VAE's mean, trained in the offline phase)"""
+    distance: Distance = "value"
+    """what a draw compares: value (d_q), or, by networks of their own, embedding (d_e, section 3.5)
+    and two-stage (section 3.3); raw: the scaled states and actions as they are"""
+    value_mean: Literal["matches", "references"] = "matches"
+    """whose V(s'*) is averaged in equation (2): the candidates' matches', or that of all references
+    """
     hidden_size: int = 64
     """units in each of the two hidden layers of every network"""
     actor_learning_rate: float = 3e-3
@@ -377,10 +386,7 @@ class OTC(Strategy):
         self.alpha.fill_(args.alpha)
         # Mean transition distance of the deployment before, for equation (4)
         self.register_buffer("mean_distance", torch.full_like(self.alpha, torch.nan))
-        self.embedding = Embedding(replay, args) if args.distance == "embedding" else None
-
-    def update_offline(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {} if self.embedding is None else self.embedding.update(batch)
+        self.embedding = embedding.make(replay, args)  # None with --distance value
 
     @torch.no_grad()
     def start_deployment(self, agent: Learner, k: int) -> dict[str, torch.Tensor]:
@@ -414,7 +420,7 @@ class OTC(Strategy):
         exclude = None
         if self.args.exclude_self_matches:
             exclude = sampler.find_self_matches(candidates, references)
-        if self.embedding is not None:  # d_e: one search is the match and its distance
+        if self.embedding is not None:
             return self.embedding.distance(candidates, references, exclude)
 
         def value_and_end(next_obs, terminations):
@@ -425,17 +431,22 @@ class OTC(Strategy):
         q = self.replay.in_parts(agent.q_value, both, ("obs", "actions"))
         sizes = [candidates.shape[1], references.shape[1]]
         match = sampler.match_by_value(*q.split(sizes, dim=1), exclude)
-        # d_q, equation (2): V(s') and V(s'*), each over its mean, of the matches and not of all of
-        # D: otherwise low values rank first wherever the two means differ; see docs/otc.md
-        both = torch.cat([candidates, references.gather(1, match)], dim=1)
+        # d_q, equation (2): V(s') and V(s'*), each over its mean. The mean over all of D lets low
+        # values rank first wherever it differs from that of the matches; see docs/otc.md
+        of_all = self.args.value_mean == "references"
+        both = torch.cat([candidates, references if of_all else references.gather(1, match)], dim=1)
         columns = ("next_obs", "terminations")
-        next_states = self.replay.in_parts(value_and_end, both, columns)  # (G, 2 B, 2)
-        (v_next, end), (v_next_star, end_star) = (x.unbind(2) for x in next_states.chunk(2, 1))
+        next_states = self.replay.in_parts(value_and_end, both, columns)  # (G, 2 B or B + D, 2)
+        sizes = [sizes[0], both.shape[1] - sizes[0]]
+        (v_next, end), (v_star, end_star) = (x.unbind(2) for x in next_states.split(sizes, 1))
+        if of_all:
+            v_star = sampler.relative_to_mean(v_star, end_star > 0).gather(1, match)
+            end_star = end_star.gather(1, match)
         # Nothing follows an end, and its V is not learned: pairs with one are drawn as by chance
         is_end = (end > 0) | (end_star > 0)
         v_next = sampler.relative_to_mean(v_next, is_end)
-        v_next_star = sampler.relative_to_mean(v_next_star, is_end)
-        return sampler.rank_at_random((v_next - v_next_star).abs(), is_end)
+        v_star = v_star if of_all else sampler.relative_to_mean(v_star, is_end)
+        return sampler.rank_at_random((v_next - v_star).abs(), is_end)
 
     def diagnostics(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
         size = sampler.effective_sample_size(self.alpha, self.args.candidates)
@@ -457,7 +468,7 @@ def main(args: Args) -> None:
 
     def offline_update() -> dict[str, torch.Tensor]:
         index = replay.draw_offline(args.batch_size)
-        return agent.update(gather(index)) | strategy.update_offline(replay.gather(index))
+        return agent.update(gather(index))
 
     def finetune_update() -> dict[str, torch.Tensor]:
         index = strategy.draw(agent)  # lines 10 to 14

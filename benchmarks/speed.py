@@ -13,7 +13,6 @@ updates whatever the strategy, is timed by itself.
 
 import importlib
 import platform
-import subprocess
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import torch
 import tyro
 
 from benchmarks import write, write_json
-from common import cli, datasets, sampler, strategies
+from common import cli, code_version, datasets, sampler, strategies
 from common.datasets import TeamDataset
 from common.device import Graphed, pick_device
 from common.replay import Replay
@@ -45,6 +44,8 @@ STRATEGIES = {
     "uniform": {"sampling": "uniform"},
     "otc (value)": {"sampling": "otc", "distance": "value"},
     "otc (embedding)": {"sampling": "otc", "distance": "embedding"},
+    "otc (two-stage)": {"sampling": "otc", "distance": "two-stage"},
+    "otc (raw)": {"sampling": "otc", "distance": "raw"},
     "balanced": {"sampling": "balanced"},
 }
 
@@ -75,18 +76,13 @@ def machine(device: torch.device) -> dict[str, str | int]:
         if line.startswith("model name"):
             cpu = line.split(":")[1].strip()
             break
-    try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-        commit = git.stdout.strip()[:7]
-    except OSError:
-        commit = ""
     return {
         "cpu": cpu,
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": commit,
+        "commit": code_version(),
     }
 
 
@@ -193,10 +189,11 @@ def stages_of(script: str, replay: Replay, options: dict, updates: int) -> dict[
     patches = [patch(replay, name, "draw") for name in ("draw_merged", "draw_latest", "gather")]
     patches += [patch(agent, name, "forward") for name in ("q_value", "value")]
     if strategy.embedding is not None:
-        patches.append(patch(strategy.embedding, "encode", "forward"))
+        patches.append(patch(strategy.embedding, "place", "forward"))
     patches += [
         patch(sampler, "match_by_value", "match"),
         patch(sampler, "match_by_embedding", "match"),
+        patch(sampler, "nearest_distance", "match"),
         patch(sampler, "draw_by_rank", "rank"),
         patch(agent, "update", "learner"),
     ]
@@ -303,7 +300,7 @@ def main(args: Args) -> None:
         print(f"| {row['script']} | {row['seeds']} | {row['update']} | {shares} |")
     exact["value"] = exact_seconds(sampler.match_by_value, (), device)
     # On a CPU on a hundredth of the candidates: the time is in proportion to them
-    exact["embedding"] = exact_seconds(sampler.match_by_embedding, (10,), device)
+    exact["embedding"] = exact_seconds(sampler.nearest_distance, (10,), device)
     print("\n1,000,000 candidates x 10,000 references, seconds of the match per group:", end=" ")
     print(", ".join(f"{name} {seconds:.2f}" for name, seconds in exact.items()))
     if args.json:

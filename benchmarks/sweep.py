@@ -54,7 +54,8 @@ from common.datasets import files, makers, parse_env
 from common.envs import num_cores
 
 ROOT = Path(__file__).resolve().parent.parent
-SAMPLING = ("uniform", "online", "offline", "balanced", "otc")
+SAMPLING = ("uniform", "mixed", "online", "offline", "balanced", "otc")
+OF_TUNING = ("finetune_updates", "distance", "value_mean")
 TABLES = {"script": "scripts", "env": "envs", "strategy": "strategies"}
 
 
@@ -160,15 +161,11 @@ def jobs_of(grid: dict) -> list[Job]:
             for name in grid.get("strategies", [])
         }
         cell = re.sub(r"[^\w.-]", "-", f"{script_name}-{env_name}")
-        embeds = [s for s in strategies.values() if (common | s).get("distance") == "embedding"]
         for start in range(first, first + count, each):
             seeds = {"seed": start, "num_seeds": min(each, first + count - start)}
             flags = {k: v for k, v in common.items() if not is_online(k, groups)}
             if "deployments" in groups:
                 flags |= {"deployments": 0, "sampling": "uniform"}
-            if embeds:  # trained in the offline phase, with its own flags
-                flags |= {k: v for k, v in (common | embeds[0]).items() if "embedding" in k}
-                flags |= {"sampling": "otc", "distance": "embedding"}
             offline = Job(f"{cell}-pi0", script, flags | seeds)
             jobs.append(offline)
             for strategy, its in strategies.items():
@@ -202,7 +199,7 @@ def checked(flags: dict, groups: dict[str, str], script: str) -> dict:
 
 def is_online(name: str, groups: dict[str, str]) -> bool:
     """Of no use to the offline phase."""
-    return groups[name] in ("deployment", "otc") or name in ("finetune_updates", "distance")
+    return groups[name] in ("deployment", "otc") or name in OF_TUNING
 
 
 def argv_of(flags: dict) -> list[str]:

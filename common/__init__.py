@@ -2,8 +2,11 @@
 
 import difflib
 import os
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class InputError(ValueError):
@@ -15,6 +18,16 @@ def nearest(name: str, names: Iterable[str]) -> str:
     names = list(names)
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
+
+
+def code_version() -> str:
+    """The commit of the code, with -dirty where files were changed since; "unknown" without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
 
 
 def cache_dir() -> Path:

@@ -96,8 +96,7 @@ class OfflineArgs:
 
     # In what --offline-checkpoint's run must agree; a script may have more
     SAME_POLICY: ClassVar = (
-        *("env", "dataset", "dataset_size", "split", "seed", "num_seeds"),
-        *("hidden_size", "embedding_dim"),
+        *("env", "dataset", "dataset_size", "split", "seed", "num_seeds", "hidden_size"),
     )
     # None of these; `OnlineArgs` has them
     deployments: ClassVar[int] = 0
@@ -233,7 +232,11 @@ def described(args_type: type) -> dict[str, tuple[str, str]]:
 
 def with_those_of(args, folder: str):
     """The arguments, of which those of data, training and algorithm are an earlier run's."""
-    own = {"finetune_updates", "distance"}  # say how the policy is tuned, not what it is
+    own = {
+        "finetune_updates",
+        "distance",
+        "value_mean",
+    }  # say how the policy is tuned, not what it is
     its, taken = runs.read_args(folder), {}
     for name, (group, _) in described(type(args)).items():
         is_policys = group not in ("deployment", "otc", "run") and name not in own

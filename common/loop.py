@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from common import cli, datasets, runs
 from common.device import Graphed, get_rng_state, kept_rng_state, pick_device, set_rng_state
+from common.embedding import Space
 from common.envs import make_vec
 from common.replay import Replay
 from common.strategies import Strategy
@@ -78,10 +79,32 @@ class Training:
     # Training
 
     def train_offline(self, update: Callable) -> None:
-        """The offline phase, or what is left of it."""
-        if self.phase == 0 and self.args.offline_checkpoint is None:
-            self._train(update, "offline", self.args.offline_updates)
-            self.save("offline.pt")
+        """The offline phase, or what is left of it: pi^0, then what OTC compares transitions in."""
+        if self.phase == 0:
+            if self.done <= self.args.offline_updates and self.args.offline_checkpoint is None:
+                self._train(update, "offline", self.args.offline_updates)
+                self.save("offline.pt")
+            embedding = self.strategy.embedding
+            if self.args.deployments and embedding is not None and embedding.optimizer is not None:
+                self._train_embedding(embedding)
+
+    def _train_embedding(self, embedding: Space) -> None:
+        """In the run's progress its updates come after those of pi^0, in its log they are its
+        own."""
+        args, run, replay, before = self.args, self.run, self.replay, self.args.offline_updates
+        stop = before if args.embedding_updates is None else args.embedding_updates
+
+        def update() -> dict[str, torch.Tensor]:
+            return embedding.update(replay.gather(replay.draw_offline(args.batch_size)))
+
+        graphed = Graphed(update, self.graph)
+        for number in run.updates("embedding", self.done - before, stop):
+            losses, self.done = graphed(number), before + number
+            if number % args.log_every == 0 or number == stop:
+                run.log_losses(losses, number)
+            if number % args.checkpoint_every == 0:
+                self.save()
+            run.stop_if_asked(self.save)
 
     def finetune(self, update: Callable) -> None:
         """The updates after deployment k, or what is left of them."""
@@ -96,10 +119,11 @@ class Training:
             kind_of = None if kind is None else lambda number: kind(number, offline)
             self.captured = Graphed(update, self.graph, kind_of)
         before = runs.updates_before(args, self.phase)
-        for number in run.updates(name, self.done, stop, before):
+        for number in run.updates(name, self.done, stop):
             losses, self.done = self.captured(number), number
             if number % args.log_every == 0 or number == stop:
                 run.log_losses(losses, before + number)
+                run.log_rate(number, before + number)
                 if hasattr(agent, "value"):
                     with kept_rng_state(self.device):  # what is logged changes no run
                         obs = replay.gather(replay.draw_offline(args.batch_size))["obs"]

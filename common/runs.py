@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from common import InputError
+from common import InputError, code_version
 from common.datasets import is_omar, parse_env
 from common.envs.tasks import normalized_score, win_rate
 from common.strategies import strategy_name
@@ -116,14 +116,6 @@ def read_offline_checkpoint(args, script: str) -> dict:
         if was != now:
             flag = "--" + name.replace("_", "-")
             raise InputError(f"--offline-checkpoint was trained with {flag} {was}, not {now}")
-    embedding = {k: v for k, v in checkpoint["strategy"].items() if k.startswith("embedding.")}
-    needed = args.sampling == "otc" and args.distance == "embedding"
-    if needed and not embedding:
-        raise InputError(
-            f"{args.offline_checkpoint} trained no embedding, which --distance embedding needs; "
-            "its own --sampling and --distance must have been otc and embedding"
-        )
-    checkpoint["strategy"] = embedding if needed else {}
     args.offline_updates = checkpoint["args"]["offline_updates"]
     return checkpoint
 
@@ -167,11 +159,9 @@ class Run:
             self.folders = self._make_folders()
         if args.track:
             self._track()
-        purge_step = None
-        if checkpoint is not None:  # what updates logged after it is made again
-            phase, done = checkpoint["progress"]
-            purge_step = updates_before(args, phase) + done + 1
-        self.writers = [SummaryWriter(str(f), purge_step=purge_step) for f in self.folders]
+        if checkpoint is not None:
+            self._forget_events_after(checkpoint["events"])
+        self.writers = [SummaryWriter(str(folder)) for folder in self.folders]
         if checkpoint is None:
             self._log_arguments()
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -193,13 +183,29 @@ class Run:
                     break
                 except FileExistsError:
                     stamp += 1
-            content = {"args": args, "script": self.script}
+            content = {"args": args, "script": self.script, "code": code_version()}
             for seed, folder in zip(self.seeds, folders, strict=True):
                 text = json.dumps({**content, "folders": names, "seed": seed}, indent=2)
                 write_beside(folder / "args.json", text.encode())
         except OSError as error:
             raise InputError(f"--run-dir {base}: cannot write there ({error.strerror})") from None
         return folders
+
+    def _events(self) -> list[dict[str, int]]:
+        """TensorBoard's files of every seed and how long they are."""
+        for writer in self.writers:
+            writer.flush()
+        files = [folder.glob("events.out.tfevents.*") for folder in self.folders]
+        return [{path.name: path.stat().st_size for path in paths} for paths in files]
+
+    def _forget_events_after(self, events: list[dict[str, int]]) -> None:
+        """What was logged after the checkpoint is logged again."""
+        for folder, sizes in zip(self.folders, events, strict=True):
+            for path in folder.glob("events.out.tfevents.*"):
+                if path.name not in sizes:
+                    path.unlink()
+                elif path.stat().st_size > sizes[path.name]:
+                    os.truncate(path, sizes[path.name])
 
     def _log_arguments(self) -> None:
         """As a table, and as the hyperparameters that TensorBoard filters and sorts runs by."""
@@ -247,6 +253,12 @@ class Run:
         stacked = torch.stack([value.float() for value in losses.values()]).cpu()  # (tags, G)
         per_seed = stacked.view(len(losses), len(self.seeds), -1).mean(dim=2)
         self.log(dict(zip(losses, per_seed, strict=True)), step)
+
+    def log_rate(self, update: int, step: int) -> None:
+        """Updates per second of a phase since the last time."""
+        (before, then), self.counted = self.counted, (update, time.perf_counter())
+        rate = (update - before) / (self.counted[1] - then)
+        self.log({"time/updates_per_second": torch.full((len(self.seeds),), rate)}, step)
 
     def record_offline(self, update: int, returns: list[list[float]]) -> None:
         """The offline policy's return after so many updates: `offline/episodic_return`, and a
@@ -315,28 +327,22 @@ class Run:
 
     # Progress and checkpoints
 
-    def updates(self, phase: str, start: int, stop: int, offset: int) -> Iterator[int]:
-        """Count the updates start+1 ... stop of a phase, `offset` before it, behind a progress
-        bar."""
+    def updates(self, phase: str, start: int, stop: int) -> Iterator[int]:
+        """Count the updates start+1 ... stop of a phase behind a progress bar."""
         every = 0.3 if sys.stderr.isatty() else 60
         bar = tqdm(
             total=stop, initial=start, desc=phase, unit="update", mininterval=every, leave=False
         )
-        before, then = start, time.perf_counter()
+        self.counted = start, time.perf_counter()
         with bar:
             for update in range(start + 1, stop + 1):
                 yield update
                 bar.update()
-                if update % self.args.log_every == 0 or update == stop:
-                    now = time.perf_counter()
-                    rate = torch.full((len(self.seeds),), (update - before) / (now - then))
-                    self.log({"time/updates_per_second": rate}, offset + update)
-                    before, then = update, now
 
     def save(self, state: dict, name: str = "checkpoint.pt") -> None:
         """Write a checkpoint into the first seed's folder, beside the old one and renamed."""
         content = io.BytesIO()
-        state = {**state, "rows": self.rows, "script": self.script}
+        state = {**state, "rows": self.rows, "script": self.script, "events": self._events()}
         torch.save({**state, "args": dataclasses.asdict(self.args)}, content)
         write_beside(self.folders[0] / name, content.getvalue())
 

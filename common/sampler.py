@@ -50,7 +50,7 @@ def match_by_value(
 def match_by_embedding(
     candidates: torch.Tensor, references: torch.Tensor, exclude: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Distance of the best match in l1 distance between embeddings, equation (1) with d_e.
+    """Best match in l1 distance between embeddings, equation (1) with d_e.
 
     Args:
         candidates: (G, B, d) embeddings of the candidate transitions.
@@ -59,13 +59,30 @@ def match_by_embedding(
             none.
 
     Returns:
-        (G, B) distance to the nearest reference. At most `MAX_PAIRS` pairwise distances, or those
-        of one candidate per group, are in memory at a time.
+        (G, B) position of the nearest reference in `references`; memory as of `nearest_distance`.
     """
-    num_groups, num_references = references.shape[:2]
-    chunk = max(1, MAX_PAIRS[references.device.type] // (num_groups * num_references))
-    # One block: parts kept between the pairs that are freed would fragment the memory
-    distances = candidates.new_empty(num_groups, candidates.shape[1])
+    return _over_references(lambda pairs: pairs.argmin(dim=2), candidates, references, exclude)
+
+
+def nearest_distance(
+    candidates: torch.Tensor, references: torch.Tensor, exclude: torch.Tensor | None = None
+) -> torch.Tensor:
+    """l1 distance of each candidate to its best match, (G, B); arguments as of
+    `match_by_embedding`.
+
+    At most `MAX_PAIRS` pairwise distances, or those of one candidate per group, are in memory at a
+    time.
+    """
+    return _over_references(lambda pairs: pairs.amin(dim=2), candidates, references, exclude)
+
+
+def _over_references(reduce, candidates, references, exclude) -> torch.Tensor:
+    """`reduce` of the distances to all references, (G, b, D) -> (G, b), for all candidates."""
+    num_groups, num_references, dim = references.shape
+    most = MAX_PAIRS[references.device.type]
+    if references.is_cuda:  # whose pairs hold every dimension for a moment
+        most = most * 10 // max(10, dim)
+    chunk, found = max(1, most // (num_groups * num_references)), None
     for start in range(0, candidates.shape[1], chunk):
         pairs = l1_pairs(candidates[:, start : start + chunk], references)  # (G, b, D)
         if exclude is not None:
@@ -73,8 +90,11 @@ def match_by_embedding(
             pairs = pairs.masked_fill(
                 forbidden == torch.arange(num_references, device=pairs.device), torch.inf
             )
-        distances[:, start : start + chunk] = pairs.amin(dim=2)
-    return distances
+        part = reduce(pairs)
+        if found is None:  # one block: parts kept between what is freed would fragment memory
+            found = part.new_empty(candidates.shape[:2])
+        found[:, start : start + chunk] = part
+    return found
 
 
 def l1_pairs(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

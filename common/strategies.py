@@ -6,8 +6,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import sampler
+from common.device import kept_rng_state
 from common.nets import adam, mlp, restore, step
 from common.replay import Replay
+
+EULER_GAMMA = 0.5772156649015329
 
 
 class Strategy(nn.Module):
@@ -19,10 +22,7 @@ class Strategy(nn.Module):
         # OTC's degree of the correction; none here
         alpha = torch.full((replay.num_groups,), torch.nan, device=replay.device)
         self.register_buffer("alpha", alpha)
-
-    def update_offline(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Learn from a batch of the offline phase; losses (G,)."""
-        return {}
+        self.embedding = None
 
     def start_deployment(self, agent: nn.Module, k: int) -> dict[str, torch.Tensor]:
         """Once per deployment, after its data has been merged; what to log of it, (G,) each."""
@@ -52,6 +52,33 @@ class Offline(Strategy):
 
     def draw(self, agent):
         return self.replay.draw_offline(self.args.batch_size)
+
+
+class Mixed(Strategy):
+    """--online-share of the transitions are online, of all deployments; else uniform. What an OTC
+    draw that puts online candidates first amounts to, without its choice."""
+
+    def __init__(self, replay: Replay, args):
+        super().__init__(replay, args)
+        self.register_buffer("share", torch.zeros((), device=replay.device))
+
+    def start_deployment(self, agent, k):
+        """The share of ranks 1 ... n at alpha 1, H(n) / H(candidates) with the harmonic numbers H,
+        where n of the candidates are online, unless it is given."""
+        share, num_online = self.args.online_share, int(self.replay.num_online)
+        if share is None:
+            total = self.args.candidates
+            online = total * num_online / (self.replay.num_offline + num_online)
+            harmonic = torch.digamma(torch.tensor([online, total]).double() + 1) + EULER_GAMMA
+            share = harmonic[0] / harmonic[1]
+        self.share.fill_(share)
+        return {}
+
+    def draw(self, agent):
+        replay, size = self.replay, self.args.batch_size
+        online, offline = replay.draw_online(size), replay.draw_offline(size)
+        is_online = torch.rand(online.shape, device=replay.device) < self.share
+        return torch.where(is_online, online, offline)
 
 
 class DensityRatio(nn.Module):
@@ -129,20 +156,26 @@ class Balanced(Strategy):
 
 
 def make(replay: Replay, args, otc: type[Strategy]) -> Strategy:
-    """The strategy of --sampling; `otc` is the script's own."""
-    others = {"uniform": Strategy, "online": Online, "offline": Offline, "balanced": Balanced}
-    return {**others, "otc": otc}[args.sampling](replay, args)
+    """The strategy of --sampling; `otc` is the script's own. What it draws for its networks leaves
+    the policies' random numbers alone: pi^0 is the same for every strategy."""
+    classes = {"uniform": Strategy, "mixed": Mixed, "balanced": Balanced, "otc": otc}
+    classes |= {"online": Online, "offline": Offline}
+    with kept_rng_state(replay.device):
+        return classes[args.sampling](replay, args)
 
 
 def strategy_name(args: dict) -> str:
     """How a run's updates draw their transitions, from its arguments: otc-value, otc-embedding, or
-    another --sampling, with what differs from OTC's defaults; pi0 where nothing is deployed."""
+    another --sampling, with what differs from the defaults; pi0 where nothing is deployed."""
     if not args.get("deployments"):
         return "pi0"
     if args["sampling"] != "otc":
-        parts = [args["sampling"]]
+        share = args.get("online_share") if args["sampling"] == "mixed" else None
+        parts = [args["sampling"] + ("" if share is None else f"{share:g}")]
     else:
         parts = ["otc", args["distance"]]
+        is_over_all = args["distance"] == "value" and args.get("value_mean") == "references"
+        parts += ["over-references"] if is_over_all else []
         parts += [] if args["adaptive_alpha"] else [f"alpha{args['alpha']:g}"]
         parts += [] if args["alpha_max"] is None else [f"max{args['alpha_max']:g}"]
         parts += ["no-self-matches"] if args["exclude_self_matches"] else []

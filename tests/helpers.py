@@ -197,6 +197,13 @@ def update_number(agent, batch, number, kind_of):
     return update(agent, batch, *(() if kind_of is None else (kind_of(number),)))
 
 
+def state_of(path):
+    """A checkpoint's content, but for what names its folder."""
+    state = torch.load(path, weights_only=True)
+    del state["args"], state["events"]
+    return state
+
+
 def assert_same(one, other, where="state"):
     """Nested states are equal bit for bit."""
     assert type(one) is type(other), where

@@ -1,28 +1,40 @@
 """OTC's draw, which every script holds a copy of, and what it is compared with; on BCQ."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from common import strategies
+from common import sampler, strategies
 from common.replay import Replay
 from otc_bcq import BCQ, OTC, Args
 from tests.helpers import (
     ACTION_DIM,
     OBS_DIM,
     add_deployment,
+    array,
+    assert_frequencies,
+    assert_same,
+    only,
     random_team,
+    run,
+    state_of,
+    tiny,
 )
+from tests.tiny_task import ENV
 
 
 def strategy_of(replay, args):
     return strategies.make(replay, args, OTC)
 
 
-@pytest.mark.parametrize("distance", ["embedding", "value"])
-def test_transition_distance_equals_its_definition(distance):
+@pytest.mark.parametrize("value_mean", ["matches", "references"])
+@pytest.mark.parametrize("distance", ["embedding", "value", "two-stage", "raw"])
+def test_transition_distance_equals_its_definition(distance, value_mean):
     torch.manual_seed(0)
-    args = Args(distance=distance, num_value_actions=1, references=30, candidates=20)
+    sizes = {"num_value_actions": 1, "references": 30, "candidates": 20, "embedding_dim": 4}
+    args = Args(distance=distance, value_mean=value_mean, **sizes)
     replay = Replay(random_team(), 2, 2, 40)
     agent = BCQ(4, OBS_DIM, ACTION_DIM, args)
     agent.value = lambda obs: obs.sum(2) + 2.0  # known, and without noise
@@ -36,7 +48,13 @@ def test_transition_distance_equals_its_definition(distance):
     B, D, num_ends = replay.gather(b), replay.gather(d), 0
     with torch.no_grad():
         for g in range(4):
-            if distance == "embedding":
+            if distance in ("two-stage", "raw"):
+                (e, next_e), (e_star, next_e_star) = (
+                    spaces_by_hand(transitions.embedding, distance, replay, x, g) for x in (B, D)
+                )
+                match = (e[:, None] - e_star[None]).abs().sum(2).argmin(1)
+                expected = (next_e - next_e_star[match]).abs().sum(1)
+            elif distance == "embedding":
                 e = transitions.embedding.encode(B["obs"], B["actions"], B["next_obs"])[0][g]
                 e_star = transitions.embedding.encode(D["obs"], D["actions"], D["next_obs"])[0][g]
                 expected = (e[:, None] - e_star[None]).abs().sum(2).min(1).values
@@ -46,14 +64,109 @@ def test_transition_distance_equals_its_definition(distance):
                 v, v_star = (agent.value(x["next_obs"])[g] for x in (B, D))
                 match = (q[:, None] - q_star[None]).abs().argmin(1)
                 ends = (B["terminations"][g] > 0) | (D["terminations"][g][match] > 0)
-                v_star = v_star[match]
-                expected = (v / v[~ends].mean() - v_star / v_star[~ends].mean()).abs()
+                if value_mean == "references":
+                    v_star_mean = v_star[D["terminations"][g] == 0].mean()
+                else:
+                    v_star_mean = v_star[match][~ends].mean()
+                expected = (v / v[~ends].mean() - v_star[match] / v_star_mean).abs()
                 # Not ranked: somewhere among the others' distances
                 num_ends += int(ends.sum())
                 assert (found[g][ends] <= 2 * expected[~ends].max()).all()
                 expected[ends] = found[g][ends]
             torch.testing.assert_close(found[g], expected, rtol=1e-4, atol=1e-5)
-    assert num_ends > 5 or distance == "embedding"
+    assert num_ends > 5 or distance != "value"
+
+
+def spaces_by_hand(space, distance, replay, batch, g):
+    """e(s, a_i) and e(s') of a batch's transitions of group g, from their definitions."""
+    offline = replay.obs[:, :600].flatten(0, 1)
+    mean, std = offline.mean(0), offline.std(0)
+    s, s_next = ((batch[name][g] - mean) / std for name in ("obs", "next_obs"))
+    a = batch["actions"][g] / replay.actions[g % 2, :600].std(0)
+    pair = torch.cat([s, a], dim=1)
+    if distance == "raw":
+        return pair, s_next
+    found = []
+    for encoder, x in zip(space.encoders, (pair, s_next), strict=True):
+        for layer in (0, 2, 4):
+            x = x @ encoder[layer].weight[g] + encoder[layer].bias[g]
+            x = x if layer == 4 else x.relu()
+        found.append(x[:, :4])
+    return found
+
+
+def test_two_stage_learns_to_tell_states_apart_and_each_group_for_itself():
+    """Reconstruction falls far below the variance of what is encoded, which is 1 per dimension."""
+    torch.manual_seed(0)
+    args = Args(distance="two-stage", embedding_learning_rate=3e-3, embedding_dim=6)
+    replay = Replay(random_team(), 2, 1, 40)
+    space = strategy_of(replay, args).embedding
+    losses = [space.update(replay.gather(replay.draw_offline(128))) for _ in range(600)]
+    first, last = (x["losses/embedding_reconstruction"] for x in (losses[0], losses[-1]))
+    assert (first > 1.7).all() and (last < 0.7).all()
+    state, batch, found = space.state_dict(), replay.gather(replay.draw_offline(16)), []
+    for factor in (1, 1e3):
+        other = strategy_of(replay, args).embedding
+        other.load_state_dict(copy.deepcopy(state))
+        batch["next_obs"][1] *= factor
+        torch.manual_seed(1)
+        other.update(batch)
+        found.append([parameter.detach() for parameter in other.parameters()])
+    same = torch.tensor(
+        [[bool((x[g] == y[g]).all()) for g in range(4)] for x, y in zip(*found, strict=True)]
+    )
+    assert same[:, [0, 2, 3]].all() and not same[:, 1].all()
+
+
+def test_pi0_is_the_same_whatever_comes_after(tmp_path, monkeypatch, data):
+    argv = ["--env", ENV, "--dataset", data, *tiny("otc_bcq"), "--finetune-updates", "2"]
+    states = []
+    for number, flags in enumerate(
+        ("uniform", "balanced", "otc --distance embedding", "otc --distance two-stage", "otc")
+    ):
+        folder = tmp_path / str(number)
+        run(monkeypatch, "otc_bcq", *argv, "--run-dir", folder, "--sampling", *flags.split())
+        states.append(state_of(only(folder) / "offline.pt"))
+        for part in ("agent", "rng"):
+            assert_same(states[0][part], states[-1][part])
+
+
+def test_a_mix_has_its_share_of_online_data():
+    torch.manual_seed(0)
+    replay = Replay(random_team(), 2, 4, 40)
+    for given, k, share in (
+        (0.3, 1, 0.3),
+        (0.0, 2, 0.0),
+        # of 512 candidates 512 * 120 / 720 = 85 are online
+        (None, 3, np.sum(1 / np.arange(1, 86)) / np.sum(1 / np.arange(1, 513))),
+    ):
+        add_deployment(replay, seed=k)
+        strategy = strategy_of(replay, Args(sampling="mixed", online_share=given))
+        strategy.start_deployment(None, k)
+        index = torch.cat([strategy.draw(None) for _ in range(100)], dim=1)
+        assert abs(replay.is_online(index).float().mean().item() - share) < 0.01
+        for g in range(4):  # uniform within both
+            is_online = replay.is_online(index[g])
+            if given is None:
+                assert_frequencies(array(index[g][is_online]) - 600, np.ones(120))
+            assert_frequencies(array(index[g][~is_online]), np.ones(600))
+
+
+def test_a_mix_follows_what_an_embedding_draw_amounts_to():
+    """Its default share is that of a draw in which all online candidates come first."""
+    torch.manual_seed(0)
+    replay = Replay(random_team(), 2, 4, 40)
+    for k in (1, 2, 3, 4):
+        add_deployment(replay, seed=k)
+        mix = strategy_of(replay, Args(sampling="mixed"))
+        mix.start_deployment(None, k)
+        found = []
+        for _ in range(50):
+            candidates = replay.draw_merged(512)
+            distance = torch.rand(candidates.shape) + ~replay.is_online(candidates)
+            picked = sampler.draw_by_rank(distance, torch.ones(4), 128)
+            found.append(replay.is_online(candidates.gather(1, picked)).float().mean().item())
+        assert abs(np.mean(found) - mix.share.item()) < 0.01
 
 
 def test_a_failed_deployment_does_not_make_low_values_rank_first():

@@ -16,6 +16,7 @@ from common.sampler import (
     find_self_matches,
     match_by_embedding,
     match_by_value,
+    nearest_distance,
     rank_probabilities,
     relative_to_mean,
     unique_fraction,
@@ -79,18 +80,21 @@ def test_match_by_value_is_the_nearest(size, decimals, device, rng):
 
 @pytest.mark.parametrize("d", [1, 10])
 @pytest.mark.parametrize("size", SIZES)
-def test_match_by_embedding_is_the_nearest(size, d, device, rng):
+def test_nearest_distance_is_the_nearest(size, d, device, rng):
     G, B, D = size
     c, r = (rng.normal(size=(G, n, d)).astype(np.float32) for n in (B, D))
-    distance = array(match_by_embedding(to(c, device), to(r, device)))
+    distance = array(nearest_distance(to(c, device), to(r, device)))
     assert distance.shape == (G, B)
     np.testing.assert_allclose(distance, brute_match(c, r), rtol=1e-5, atol=1e-6)
+    index = array(match_by_embedding(to(c, device), to(r, device)))
+    assert index.shape == (G, B)
+    np.testing.assert_allclose(distance_to(c, r, index), brute_match(c, r), rtol=1e-5, atol=1e-6)
 
 
 def test_both_distances_agree_in_one_dimension(device, rng):
     c, r = to(rng.normal(size=(3, 80)), device), to(rng.normal(size=(3, 60)), device)
     gap = (c - r.gather(1, match_by_value(c, r))).abs()
-    assert torch.equal(match_by_embedding(c[..., None], r[..., None]), gap)
+    assert torch.equal(nearest_distance(c[..., None], r[..., None]), gap)
 
 
 @pytest.mark.parametrize("by", ["value", "embedding"])
@@ -107,10 +111,11 @@ def test_excluded_references_are_not_matched(size, decimals, by, device, rng):
     forbidden = torch.tensor(exclude, device=device)
     expected = brute_match(c, r, exclude)
     if by == "embedding":
-        distance = array(match_by_embedding(to(c, device), to(r, device), forbidden))
+        distance = array(nearest_distance(to(c, device), to(r, device), forbidden))
         np.testing.assert_allclose(distance, expected, rtol=0, atol=1e-6)
-        return
-    index = array(match_by_value(to(c[..., 0], device), to(r[..., 0], device), forbidden))
+        index = array(match_by_embedding(to(c, device), to(r, device), forbidden))
+    else:
+        index = array(match_by_value(to(c[..., 0], device), to(r[..., 0], device), forbidden))
     assert (index != exclude).all() and index.min() >= 0 and index.max() < D
     np.testing.assert_allclose(distance_to(c, r, index), expected, rtol=0, atol=1e-6)
 
@@ -149,11 +154,11 @@ def test_nan_gives_valid_positions_and_stays_in_its_group(excluding, device, rng
     c, r = to(rng.normal(size=(4, 30)), device), to(rng.normal(size=(4, 20)), device)
     exclude = torch.randint(-1, 20, (4, 30), device=device) if excluding else None
     clean = match_by_value(c, r, exclude)
-    clean_distance = match_by_embedding(c[..., None], r[..., None], exclude)
+    clean_distance = nearest_distance(c[..., None], r[..., None], exclude)
     c[0, ::2], r[1, ::3], r[2] = NAN, NAN, NAN
     index = match_by_value(c, r, exclude)
     assert index.min() >= 0 and index.max() < 20
-    distance = match_by_embedding(c[..., None], r[..., None], exclude)
+    distance = nearest_distance(c[..., None], r[..., None], exclude)
     for found, expected in ((index, clean), (distance, clean_distance)):
         assert torch.equal(found[3], expected[3])
         assert torch.equal(found[0, 1::2], expected[0, 1::2])
@@ -173,9 +178,9 @@ def test_columns_of_a_larger_tensor_match_without_warnings(device):
 def test_chunks_do_not_change_the_match(limit, excluding, device, rng, monkeypatch):
     c, r = to(rng.normal(size=(3, 41, 4)), device), to(rng.normal(size=(3, 11, 4)), device)
     exclude = torch.randint(-1, 11, (3, 41), device=device) if excluding else None
-    whole = match_by_embedding(c, r, exclude)
+    whole = nearest_distance(c, r, exclude)
     monkeypatch.setattr(sampler, "MAX_PAIRS", {"cuda": limit, "cpu": limit})
-    parts = match_by_embedding(c, r, exclude)
+    parts = nearest_distance(c, r, exclude)
     assert torch.equal(whole, parts)
 
 
@@ -191,7 +196,7 @@ def test_memory_of_a_large_match_is_bounded(device):
 
     references = torch.randn(3, 10_000, 2, device=device)
     with Watch() as watch:
-        match_by_embedding(torch.randn(3, 1500, 2, device=device), references)
+        nearest_distance(torch.randn(3, 1500, 2, device=device), references)
     limit = sampler.MAX_PAIRS[references.device.type]
     assert limit // 2 < watch.largest <= limit
 
@@ -220,7 +225,7 @@ def test_self_matches_have_distance_zero_until_they_are_excluded(device, rng):
     for exclude in (None, selves):
         index = match_by_value(b[..., 0], d[..., 0], exclude)
         by_value = (b[..., 0] - d[..., 0].gather(1, index)).abs()
-        for distance in (by_value, match_by_embedding(b, d, exclude)):
+        for distance in (by_value, nearest_distance(b, d, exclude)):
             assert ((distance == 0) == (among if exclude is None else False)).all()
 
 
@@ -572,8 +577,9 @@ def test_groups_do_not_see_each_other(device, rng):
     for function, inputs in (
         (match_by_value, (values, others)),
         (match_by_value, (values, others, exclude)),
+        (nearest_distance, (c, r, exclude)),
+        (nearest_distance, (c, r)),
         (match_by_embedding, (c, r, exclude)),
-        (match_by_embedding, (c, r)),
         (find_self_matches, (ids, some.sort(1).values)),
         (relative_to_mean, (values,)),
         (adapt_alpha, (alpha, alpha.flip(0), previous)),
@@ -596,8 +602,9 @@ def test_no_call_waits_for_the_host(device):
         exclude = find_self_matches(ids, some)
         match_by_value(c[..., 0], r[..., 0])
         match_by_value(c[..., 0], r[..., 0], exclude)
-        match_by_embedding(c, r)
-        distance = match_by_embedding(c, r, exclude)
+        nearest_distance(c, r)
+        match_by_embedding(c, r, exclude)
+        distance = nearest_distance(c, r, exclude)
         relative_to_mean(c[..., 0])
         for replacement in (True, False):
             draw_by_rank(distance, alpha, 16, replacement)
