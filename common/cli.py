@@ -124,6 +124,8 @@ class OnlineArgs(OfflineArgs):
     """K, the number of deployments"""
     deployment_steps: int | None = None
     """M, environment steps per deployment and seed; default: 1 % of the offline data"""
+    save_policies: bool = False
+    """keep every deployed policy with OTC's state, policy_k.pt, for benchmarks.correction"""
     exploration: Literal["none", "sequential"] = "none"
     """deployed agents only exploit, or each in turn explores for an equal share of the M steps; the
     evaluations never explore"""

@@ -179,6 +179,10 @@ class Training:
         self.run.log({tag: value.view(self.shape) for tag, value in measured.items()}, k)
         self.phase, self.done = k, 0
         self.save()
+        if self.args.save_policies:
+            agent = {n: v for n, v in self.agent.state_dict().items() if n != "_extra_state"}
+            state = {"agent": agent, "strategy": self.strategy.state_dict(), "deployment": k}
+            self.run.save(state, f"policy_{k - 1}.pt")
 
     def finish(self) -> None:
         """The return of pi^K, and the closing table."""

@@ -90,3 +90,16 @@ def test_tracking_without_the_package_says_what_to_install(tmp_path, monkeypatch
     assert capsys.readouterr().err.endswith(
         "error: --track needs Weights & Biases: pip install wandb\n"
     )
+
+
+def test_every_deployed_policy_is_kept_on_demand(tmp_path, monkeypatch, data):
+    argv = ["--env", ENV, "--dataset", data, *tiny("otc_bcq"), "--run-dir", tmp_path / "runs"]
+    run(monkeypatch, "otc_bcq", *argv, "--save-policies", "--distance", "embedding")
+    folder = only(tmp_path / "runs")
+    first, second = (state_of(folder / f"policy_{k}.pt") for k in (0, 1))
+    assert not (folder / "policy_2.pt").exists()  # never deployed: it is in checkpoint.pt
+    for name, value in first["agent"].items():
+        assert_same(value, state_of(folder / "offline.pt")["agent"][name])
+    assert first["strategy"]["alpha"].tolist() == [1.0, 1.0]
+    assert second["deployment"] == 2 and (second["strategy"]["alpha"] != 1).all()
+    assert_same(second["strategy"], state_of(folder / "checkpoint.pt")["strategy"])
