@@ -20,7 +20,7 @@ A grid, in TOML:
     distance = "value"
 
 Every job is a script in a process of its own. Jobs of the same script, task and seeds start from
-one offline job. A job's folder, OUT/GRID/NAME-HASH with the hash of its flags, is its state: done,
+one offline job; the first job of a task makes its data. A job's folder, OUT/GRID/NAME-HASH with the hash of its flags, is its state: done,
 to be resumed, or to start. So a seed, a task or a strategy more runs only what is missing.
 """
 
@@ -50,7 +50,6 @@ import tyro
 
 from benchmarks import write_csv
 from common import InputError, cli, nearest, runs
-from common.datasets import files, makers, parse_env
 from common.envs import num_cores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -509,19 +508,6 @@ def write_slurm(jobs: list[Job], args: Args, out: Path) -> None:
     print("\n".join(commands))
 
 
-def make_data(jobs: list[Job]) -> None:
-    """Every built-in or downloaded data set, once, before jobs want it at the same time."""
-    wanted = {}
-    for job in jobs:
-        env, flags = job.flags["env"], job.flags
-        wanted[env, flags.get("dataset", "built-in"), flags.get("dataset_size")] = None
-    for env, dataset, size in wanted:
-        if dataset == "built-in":
-            makers.built_in(*parse_env(env), size)
-        elif dataset == "d4rl":
-            files.d4rl(*parse_env(env))
-
-
 def report(jobs: list[Job], out: Path, path: str | None) -> None:
     """A row per script, task and strategy of what is done, mean and standard deviation over seeds;
     every return to `path`."""
@@ -577,7 +563,6 @@ def main(args: Args) -> None:
     elif args.executor == "slurm":
         write_slurm(jobs, args, out)
     else:
-        make_data(jobs)
         sys.exit(Sweep(jobs, out, {"local": Local, "ray": Ray}[args.executor](args, out)).run())
 
 
