@@ -20,8 +20,9 @@ A grid, in TOML:
     distance = "value"
 
 Every job is a script in a process of its own. Jobs of the same script, task and seeds start from
-one offline job; the first job of a task makes its data. A job's folder, OUT/GRID/NAME-HASH with the hash of its flags, is its state: done,
-to be resumed, or to start. So a seed, a task or a strategy more runs only what is missing.
+one offline job; the first job of a task makes its data. A job's folder, OUT/GRID/NAME-HASH with the
+hash of its flags, is its state: done, to be resumed, or to start. So a seed, a task or a strategy
+more runs only what is missing.
 """
 
 import contextlib

@@ -91,7 +91,7 @@ def read_checkpoint(folder: str, name: str, script: str) -> dict:
         raise InputError(f"{path} does not exist: the run was stopped before it was first written")
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-        if not {"agent", "progress", "script"} <= set(checkpoint):
+        if not {"agent", "script"} <= set(checkpoint):
             raise ValueError("keys are missing")
     except Exception as error:  # torch.load raises many kinds
         first_line = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
