@@ -71,7 +71,8 @@ class Args(OnlineArgs):
     """L, updates after each deployment"""
     distance: Distance = "value"
     """what a draw compares: value (d_q), or, by networks of their own, embedding (d_e, section 3.5)
-    and two-stage (section 3.3); raw: the scaled states and actions as they are"""
+    and two-stage (section 3.3); not the paper's: raw (scaled states and actions) and residual (what
+    the own action does not explain)"""
     value_mean: Literal["matches", "references"] = "matches"
     """whose V(s'*) is averaged in equation (2): the candidates' matches', or that of all references
     """

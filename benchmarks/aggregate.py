@@ -47,7 +47,8 @@ class Args:
     curves: bool = False
     """print also the mean of every pi^k per task"""
     mixed: bool = False
-    """take together what differs in its settings, its data or in how many seeds train together"""
+    """take together what differs in its settings, its data, the code's commit or in how many seeds
+    train together"""
     resamples: int = 10_000
     """of the bootstrap"""
     bootstrap_seed: int = 0
@@ -150,6 +151,8 @@ class Finished:
     seed: int
     args: dict
     rows: list[dict]  # returns.csv
+    code: str = "unknown"  # commit
+    data_return: float | None = None  # of the data's episodes
     method: str = ""  # as printed
 
     def value(self, column: str, of: str) -> float | np.ndarray:
@@ -206,7 +209,8 @@ def read(args: Args) -> tuple[Cells, list[str]]:
             continue
         task = its["env"] + (f" ({its['split']})" if its.get("split") else "")
         strategy = " ".join([strategies.strategy_name(its), *(f"{n}={its.get(n)}" for n in by)])
-        found.append(Finished(folder, script, strategy, task, record["seed"], its, rows))
+        more = record.get("code", "unknown"), record.get("data_return")
+        found.append(Finished(folder, script, strategy, task, record["seed"], its, rows, *more))
     known = {name for run in found for name in run.args}
     for name in (name for name in by if found and name not in known):
         raise InputError(f"--by {name}: no run has it; {nearest(name, sorted(known))}")
@@ -233,7 +237,8 @@ def read(args: Args) -> tuple[Cells, list[str]]:
 
 def check(cells: Cells, mixed: bool) -> None:
     """Refuse other numbers of deployments, and unless `mixed` other settings among the seeds of a
-    method and task, other data or stacks of seeds on a task, and built-in data beside others.
+    method and task, other data or stacks of seeds on a task, built-in data beside others, and other
+    commits of the code.
 
     Raises:
         InputError: names two runs and in what they differ.
@@ -243,6 +248,11 @@ def check(cells: Cells, mixed: bool) -> None:
         its_first = next(iter(cell.values()))
         for run in cell.values():
             kinds = {each.args.get("dataset") == "built-in" for each in (run, first)}
+            if not mixed and run.code != first.code:
+                raise InputError(
+                    f"not comparable: commit {first.code} in {first.folder}\n"
+                    f"and {run.code} in {run.folder} (see --mixed)"
+                )
             rules = [(first, ["deployments"])]
             if not mixed:
                 rules += [(its_first, None), (firsts.setdefault(task, run), SAME_TASK)]
@@ -399,7 +409,7 @@ def draw(path: str, cells: Cells, parts: list, base: dict[str, str], args: Args)
     )
     axes = iter(grid.flat)
 
-    def panel(title: str, xlabel: str, ylabel: str, x, statistic: Callable, samples: dict) -> None:
+    def panel(title: str, xlabel: str, ylabel: str, x, statistic: Callable, samples: dict):
         axis = next(axes)
         for method, arrays in samples.items():
             ends = bootstrap(statistic, *arrays, resamples=2000, seed=args.bootstrap_seed)
@@ -412,6 +422,7 @@ def draw(path: str, cells: Cells, parts: list, base: dict[str, str], args: Args)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(xlabel, fontsize=9)
         axis.set_ylabel(ylabel, fontsize=9)
+        return axis
 
     def each_iqm(x: np.ndarray) -> np.ndarray:
         return iqm(np.moveaxis(x, -1, 0)).T  # (..., S, T, K + 1) -> (..., K + 1)
@@ -423,19 +434,24 @@ def draw(path: str, cells: Cells, parts: list, base: dict[str, str], args: Args)
     step = "deployments fine-tuned on"
     for title, tasks, column in parts:
         samples = {m: (x,) for m, (_, x) in of_methods(tasks, column, "curve").items()}
-        panel(title, step, f"IQM of {column}", deployed, each_iqm, samples)
+        axis = panel(title, step, f"IQM of {column}", deployed, each_iqm, samples)
+        cells_of = [cell for (_, task), cell in cells.items() if task in tasks]
+        its = {run.data_return for cell in cells_of for run in cell.values()}
+        if len(tasks) == 1 and column == "mean_return" and len(its) == 1 and None not in its:
+            axis.axhline(value := its.pop(), color="grey", ls="--", lw=0.8)
+            axis.text(0, value, "the data's episodes", fontsize=7, color="grey", va="bottom")
     title, tasks, column = parts[0]
     if base:
         samples, pairs = of_methods(tasks, column, "curve"), {}
         for method in samples:
             shared, *both = paired(samples[method], samples.get(base.get(method), ([], None)))
             pairs |= {method: both} if len(shared) > 1 else {}
-        panel(
+        axis = panel(
             f"{title}, paired with {', '.join(sorted(set(base.values())))}", step,
             "IQM less the baseline's", deployed,
             lambda x, y: each_iqm(x) - each_iqm(y), pairs,
         )  # fmt: skip
-        figure.axes[len(parts)].axhline(0, color="grey", lw=0.8)
+        axis.axhline(0, color="grey", lw=0.8)
     samples = {m: (x,) for m, (_, x) in of_methods(tasks, column, args.of).items()}
     values = np.concatenate([x.ravel() for (x,) in samples.values()])
     steps = np.linspace(values.min(), values.max(), 200)

@@ -46,6 +46,7 @@ DISTANCES = {
     "embedding": {"distance": "embedding"},
     "two-stage": {"distance": "two-stage"},
     "raw": {"distance": "raw"},
+    "residual": {"distance": "residual"},
 }
 MEASURES = ("dev", "disc", "auc", "online", "own_dev", "value", "reward")
 

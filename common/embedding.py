@@ -13,7 +13,7 @@ from common import sampler
 from common.nets import adam, kl_divergence, mlp, restore, step
 from common.replay import Replay
 
-Distance = Literal["embedding", "value", "two-stage", "raw"]
+Distance = Literal["embedding", "value", "two-stage", "raw", "residual"]
 COLUMNS = ("obs", "actions", "next_obs")
 
 
@@ -169,7 +169,35 @@ class TwoStage(Raw):
         }
 
 
+class Residual(Raw):
+    """--distance residual, not in the paper: what s' - s has beside the mean effect of (s, a_i) in
+    the data, as a forward model learns it. That is the others' part, and it carries over from one
+    own action to another: the match is that of the states alone."""
+
+    def __init__(self, replay: Replay, args):
+        super().__init__(replay, args)
+        G, obs_dim, offline = replay.num_groups, replay.obs.shape[2], slice(replay.num_offline)
+        change = (replay.next_obs[:, offline] - replay.obs[:, offline]).flatten(0, 1).std(0)
+        self.register_buffer("change_std", change.clamp(min=1e-6))
+        self.model = mlp(G, self.pair_dim, args.hidden_size, obs_dim)
+        self.optimizer = adam(self.parameters(), args.embedding_learning_rate)
+        self.pair_dim = obs_dim  # of what is matched
+
+    def residual(self, obs, actions, next_obs) -> torch.Tensor:
+        """In units of the change's standard deviation: (G, n, obs_dim)."""
+        return (next_obs - obs) / self.change_std - self.model(self.pair(obs, actions))
+
+    def place(self, obs, actions, next_obs):
+        return torch.cat([self.scaled(obs), self.residual(obs, actions, next_obs)], dim=2)
+
+    def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """One update of the model on a batch of offline data; losses (G,)."""
+        error = self.residual(*(batch[name] for name in COLUMNS)).square().mean((1, 2))
+        step(self.optimizer, error)
+        return {"losses/embedding_reconstruction": error.detach()}
+
+
 def make(replay: Replay, args) -> Space | None:
     """The space of --distance; None for `value`."""
-    spaces = {"embedding": Embedding, "two-stage": TwoStage, "raw": Raw}
+    spaces = {"embedding": Embedding, "two-stage": TwoStage, "raw": Raw, "residual": Residual}
     return None if args.distance == "value" else spaces[args.distance](replay, args)

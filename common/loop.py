@@ -37,6 +37,7 @@ class Training:
             self.checkpoint = runs.read_offline_checkpoint(args, self.script)
         dataset = datasets.load(args.env, args.dataset, args.dataset_size, args.split, discrete)
         print(dataset.source)
+        self.data_return = dataset.mean_return()
         S, task = args.num_seeds, datasets.parse_env(args.env)[0]
         self.num_steps = cli.deployment_steps(args, len(dataset.rewards))  # M
         self.envs, self.eval_envs = (
@@ -62,7 +63,8 @@ class Training:
                 self.replay.load_state_dict(checkpoint["replay"])
             self.phase, self.done = checkpoint["progress"]
             set_rng_state(checkpoint["rng"], self.device)
-        self.run = runs.Run(self.args, self.script, checkpoint if self.args.resume else None)
+        resumed = checkpoint if self.args.resume else None
+        self.run = runs.Run(self.args, self.script, resumed, self.data_return)
         self.checkpoint = None
 
     def save(self, name: str = "checkpoint.pt") -> None:

@@ -142,12 +142,13 @@ class Run:
         args: the script's arguments.
         script: its name.
         checkpoint: what `read_checkpoint` returned for --resume, else None.
+        data_return: mean return of the data's episodes, for the record.
 
     Raises:
         InputError: the folder cannot be made.
     """
 
-    def __init__(self, args, script: str, checkpoint: dict | None = None):
+    def __init__(self, args, script: str, checkpoint: dict | None = None, data_return=None):
         self.args, self.script = args, script
         self.seeds = [args.seed + s for s in range(args.num_seeds)]
         self.rows: list[list[dict]] = [[] for _ in self.seeds]
@@ -156,7 +157,7 @@ class Run:
             self.folders = seeds_folders(args.resume)
             self.rows = checkpoint["rows"]
         else:
-            self.folders = self._make_folders()
+            self.folders = self._make_folders(data_return)
         if args.track:
             self._track()
         if checkpoint is not None:
@@ -164,17 +165,17 @@ class Run:
         self.writers = [SummaryWriter(str(folder)) for folder in self.folders]
         if checkpoint is None:
             self._log_arguments()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+        signal.signal(signal.SIGTERM, self._on_signal)
 
-    def _make_folders(self) -> list[Path]:
+    def _make_folders(self, data_return: float | None) -> list[Path]:
         env = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.args.env)
         base, args = Path(self.args.run_dir), dataclasses.asdict(self.args)
         what = f"{env}__{self.script}__{strategy_name(args)}"
         try:
             base.mkdir(parents=True, exist_ok=True)
-            stamp = int(time.time())
-            while True:  # another run may have begun in the same second
+            stamp = int(time.time())  # another run may have begun in the same second
+            while True:
                 names = [f"{what}__{seed}__{stamp}" for seed in self.seeds]
                 folders = [base / name for name in names]
                 try:
@@ -184,6 +185,7 @@ class Run:
                 except FileExistsError:
                     stamp += 1
             content = {"args": args, "script": self.script, "code": code_version()}
+            content["data_return"] = data_return
             for seed, folder in zip(self.seeds, folders, strict=True):
                 text = json.dumps({**content, "folders": names, "seed": seed}, indent=2)
                 write_beside(folder / "args.json", text.encode())

@@ -142,13 +142,14 @@ OTC |= {
 }
 
 
-def fake_run(folder, seed, returns, script="otc_bcq", **args):
+def fake_run(folder, seed, returns, script="otc_bcq", record=None, **args):
     """A run folder with the returns of pi^0, pi^1, ... and a hundredth of them as scores."""
     run = folder / f"{len(list(folder.iterdir()))}"
     run.mkdir()
     usual = {"env": "hopper-medium", "split": None, "dataset": "built-in", "num_seeds": 1}
     args = usual | OTC | {"seed": seed, "deployments": len(returns) - 1, "run_dir": str(run)} | args
-    (run / "args.json").write_text(json.dumps({"script": script, "seed": seed, "args": args}))
+    content = {"script": script, "seed": seed, "args": args} | (record or {})
+    (run / "args.json").write_text(json.dumps(content))
     with open(run / "returns.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["deployment", "mean_return", "normalized_score"])
@@ -316,6 +317,14 @@ def test_what_cannot_be_compared_is_refused(tmp_path, said, other, flag, whateve
         said(tmp_path, "--mixed", refused=True)
     else:
         said(tmp_path, "--mixed", "--resamples", "100")
+
+
+def test_other_commits_are_refused(tmp_path, said):
+    fake_run(tmp_path, 1, [1, 2], record={"code": "aaa"})
+    fake_run(tmp_path, 2, [1, 2], record={"code": "bbb"})
+    error = said(tmp_path, refused=True)
+    assert "commit aaa" in error and "and bbb in" in error and "--mixed" in error
+    said(tmp_path, "--mixed")
 
 
 def test_two_runs_of_one_seed_are_refused(tmp_path, said):

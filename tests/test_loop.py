@@ -1,14 +1,16 @@
 """What Algorithm 1's lines in a script call: acting, deploying, evaluating."""
 
 import csv
+import json
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
 from common import loop
 from tests.helpers import only, run, tiny
-from tests.tiny_task import Point
+from tests.tiny_task import ENV, Point
 
 
 class Counting:
@@ -115,6 +117,20 @@ def test_an_evaluation_is_the_first_episode_of_every_environment():
 
     returns = loop.episode_returns(Countdown(), Idle(), 2, 0, torch.device("cpu"))
     assert returns == [[2.0, 50.0], [100.0, 3000.0]]
+
+
+def test_a_run_knows_what_the_datas_episodes_return(tmp_path, monkeypatch, data):
+    run(
+        monkeypatch,
+        "otc_bcq",
+        *["--env", ENV, "--dataset", data, "--run-dir", tmp_path / "runs"],
+        *tiny("otc_bcq"),
+    )
+    with h5py.File(data) as file:
+        rewards, ends = file["rewards"][...], np.flatnonzero(file["timeouts"][...]) + 1
+    pieces = np.split(rewards, ends[:-1] if ends[-1] == len(rewards) else ends)[:-1]
+    found = json.loads((only(tmp_path / "runs") / "args.json").read_text())["data_return"]
+    assert found == pytest.approx(np.mean([piece.sum() for piece in pieces]), rel=1e-5)
 
 
 class TwoLengths(Point):

@@ -17,6 +17,7 @@ from tests.helpers import (
     assert_frequencies,
     assert_same,
     only,
+    plain_mlp,
     random_team,
     run,
     state_of,
@@ -30,7 +31,7 @@ def strategy_of(replay, args):
 
 
 @pytest.mark.parametrize("value_mean", ["matches", "references"])
-@pytest.mark.parametrize("distance", ["embedding", "value", "two-stage", "raw"])
+@pytest.mark.parametrize("distance", ["embedding", "value", "two-stage", "raw", "residual"])
 def test_transition_distance_equals_its_definition(distance, value_mean):
     torch.manual_seed(0)
     sizes = {"num_value_actions": 1, "references": 30, "candidates": 20, "embedding_dim": 4}
@@ -48,7 +49,7 @@ def test_transition_distance_equals_its_definition(distance, value_mean):
     B, D, num_ends = replay.gather(b), replay.gather(d), 0
     with torch.no_grad():
         for g in range(4):
-            if distance in ("two-stage", "raw"):
+            if distance in ("two-stage", "raw", "residual"):
                 (e, next_e), (e_star, next_e_star) = (
                     spaces_by_hand(transitions.embedding, distance, replay, x, g) for x in (B, D)
                 )
@@ -86,6 +87,11 @@ def spaces_by_hand(space, distance, replay, batch, g):
     pair = torch.cat([s, a], dim=1)
     if distance == "raw":
         return pair, s_next
+    if distance == "residual":
+        change = batch["next_obs"][g] - batch["obs"][g]
+        scale = (replay.next_obs - replay.obs)[:, :600].flatten(0, 1).std(0)
+        expected = torch.as_tensor(plain_mlp(space.model, pair.numpy(), g)).float()
+        return s, change / scale - expected
     found = []
     for encoder, x in zip(space.encoders, (pair, s_next), strict=True):
         for layer in (0, 2, 4):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 
@@ -145,9 +146,9 @@ def grid(tmp_path_factory):
     return folder / "grid.toml"
 
 
-def driver(grid, out, what="run"):
+def driver(grid, out, what="run", executor="local"):
     command = [sys.executable, "-m", "benchmarks.sweep", what, grid, "--out", out]
-    command += ["--workers", "1"]
+    command += ["--workers", "1", "--executor", executor]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -192,9 +193,13 @@ def test_what_is_done_is_not_done_again(whole, grid):
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("returns.csv")}
 
 
+no_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs requirements-sweep.txt")
+
+
+@pytest.mark.parametrize("executor", ["local", pytest.param("ray", marks=no_ray)])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_an_interrupted_sweep_ends_as_if_it_had_not_been(whole, grid, tmp_path, number):
-    process = driver(grid, tmp_path)
+def test_an_interrupted_sweep_ends_as_if_it_had_not_been(whole, grid, tmp_path, number, executor):
+    process = driver(grid, tmp_path, executor=executor)
     deadline = time.time() + 60
     while not list(tmp_path.glob("grid/*pi0*/*/checkpoint.pt")) and time.time() < deadline:
         time.sleep(0.05)
@@ -204,18 +209,27 @@ def test_an_interrupted_sweep_ends_as_if_it_had_not_been(whole, grid, tmp_path, 
     if number == signal.SIGTERM:
         assert "0 of 4 jobs are done; the same command goes on" in said
         assert not list(tmp_path.glob("grid/*pi0*/*/offline.pt"))  # amid its updates
-    else:  # its job lives: end that too, or the test would not see a second life
+    else:  # its job lives, but Ray's: end that too, or the test would not see a second life
         busy = driver(grid, tmp_path, "status").communicate()[0]
-        assert "running" in busy
+        assert "running" in busy or executor == "ray"
         pids = subprocess.run(
             ["pgrep", "-f", f"run-dir {tmp_path}"], capture_output=True, text=True
         )
         for pid in pids.stdout.split():
             os.kill(int(pid), signal.SIGKILL)
-    said = driver(grid, tmp_path).communicate()[0]
+    driver(grid, tmp_path, executor=executor).communicate()
     expected, found = finished(whole[0]), finished(tmp_path)
     assert list(expected) == list(found) and len(found) == 3
     for job in expected:
         assert expected[job][0] == found[job][0], job
         assert_same(expected[job][1], found[job][1])
     assert len(list(tmp_path.glob("grid/*pi0*/*/args.json"))) == 2  # went on, did not begin anew
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "grids").glob("*.toml")), ids=str)
+def test_the_grids_here_parse(path):
+    jobs = sweep.jobs_of(sweep.read_grid(path))
+    last_env = jobs[-1].flags["env"]
+    for job in jobs:
+        if job.flags["env"] == last_env:
+            sweep.check(job)

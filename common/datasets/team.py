@@ -33,6 +33,13 @@ class TeamDataset:
     def __len__(self) -> int:
         return len(self.rewards)
 
+    def mean_return(self) -> float:
+        """Mean return of the episodes that the data holds, without the last, which may be cut, if
+        there are others."""
+        ends = np.flatnonzero(self.terminations | self.truncations) + 1
+        sums = np.add.reduceat(self.rewards, np.append(0, ends[:-1]), dtype=np.float64)
+        return float(sums[:-1].mean() if len(sums) > 1 else sums[0])
+
     def agent(self, i: int) -> dict[str, np.ndarray]:
         """Agent i's own dataset: obs, next_obs (n, obs_dim), its actions (n, action_dim) and no
         other's, rewards, terminations and truncations (n,)."""
