@@ -219,7 +219,47 @@ class Navigation(ParticleVecEnv):
         return np.where(reached, np.float32(10), np.float32(0)), reached
 
 
+class Wind(ParticleVecEnv):
+    """One agent shall stay at the middle, where a step pays up to 1; a partner that is no learner
+    pushes it as well, and is not seen.
+
+    In the data the partner acts uniformly at random. From `set_deployment(1)` on it has a policy, a
+    push for every place. Who knows it lands in the middle and stays; who aims as the data teaches
+    is pushed off at every step. Not the paper's: a world in which all hangs on correcting the
+    transitions.
+    """
+
+    num_others = 0
+    action_bound = 0.2
+    PUSH = 0.15
+    RADIUS = 0.2
+
+    def __init__(self, num_envs: int, seed: int):
+        super().__init__(1, num_envs, seed)
+        self.has_policy = False
+
+    def set_deployment(self, k: int, num_deployments: int) -> None:
+        """The partner's policy is the same in all deployments; in 0 it acts at random."""
+        self.has_policy = k >= 1
+
+    def push(self) -> np.ndarray:
+        """The partner's next action (2, E), in [-1, 1]."""
+        if not self.has_policy:
+            return 2 * self.streams.draw(2, self.everyone) - 1
+        x, y = self.at[0]
+        return np.stack([np.cos(3 * y), np.sin(3 * x + 1)])
+
+    def move(self, actions: np.ndarray) -> None:
+        super().move(actions + np.float32(self.PUSH) * self.push())
+
+    def judge(self) -> tuple[np.ndarray, np.ndarray]:
+        x, y = self.at[0]
+        rewards = np.maximum(0, 1 - np.sqrt(x * x + y * y) / np.float32(self.RADIUS))
+        return rewards.astype(np.float32), np.zeros(self.num_envs, dtype=bool)
+
+
 CLASSES = {
+    "wind": Wind,
     "predator-prey": PredatorPrey,
     "cooperative-navigation": CooperativeNavigation,
     "navigation": Navigation,
@@ -343,6 +383,8 @@ def draw(vec: ParticleVecEnv, team: int = 0, size: int = 240) -> np.ndarray:
     within the ring that touches it, landmarks grey rings as wide as an agent's reach."""
     image, scale = blank(vec.half_width, size)
     bodies = vec.at[:, :, team].tolist()
+    if isinstance(vec, Wind):
+        disc(image, scale, 0, 0, vec.RADIUS, (150, 150, 150), ring=2.0)
     for x, y in bodies[vec.num_agents :]:
         disc(image, scale, x, y, REACH, (150, 150, 150), ring=2.0)
         if isinstance(vec, PredatorPrey):

@@ -76,6 +76,7 @@ TASKS = {
     "maze2d-large": Task("maze", "LARGE_MAZE", "", 6.7, 273.99, {"goal": (7, 9), "limit": 800}),
     "predator-prey": Task("particle", "predator-prey", "", 0.07, 26.8),
     # Ten per episode whose landmark was reached, so that the score is a percentage
+    "wind": Task("particle", "wind", "", 0.21, 20.7),
     "navigation": Task("particle", "navigation", "", 0.0, 10.0),
     **{
         f"cooperative-navigation-{n}": Task(
