@@ -87,6 +87,7 @@ def simulator(task: str, split: str | None) -> Callable | None:
 
 def next_of_particles(task: str, obs: np.ndarray, actions: np.ndarray) -> np.ndarray:
     envs = make_vec(task, len(obs), 0)
+    envs.set_deployment(1, 1)  # as it is deployed
     envs.at[:] = obs[:, 0].T.reshape(envs.at.shape)
     actions = np.clip(actions, envs.action_low, envs.action_high)
     envs.move(np.ascontiguousarray(actions.transpose(1, 2, 0)))

@@ -121,6 +121,9 @@ def act(vec, play: str, rng: np.random.Generator) -> np.ndarray:
         moves = plan(vec, 1 if play == "one planning" else 3)
     elif play == "to the landmark":
         moves = np.clip((vec.at[1:] - vec.at[:1]) / vec.beta, -1, 1)
+    elif play in ("to the middle", "against the wind"):
+        push = vec.PUSH * vec.push() if play == "against the wind" else 0
+        moves = np.clip(-vec.at - push, -vec.action_bound, vec.action_bound)
     return moves.transpose(2, 0, 1).astype(np.float32)
 
 
@@ -141,6 +144,8 @@ def plays(args: Args) -> list[dict]:
     todo = [("predator-prey", p, 0) for p in ("random", "one", "one planning", "three", "corner")]
     todo += [("navigation", "random", k) for k in (0, 1, 11)]
     todo += [("navigation", "to the landmark", k) for k in (1, 11)]
+    todo += [("wind", play, k) for play in ("random", "to the middle") for k in (0, 1)]
+    todo += [("wind", "against the wind", 1)]
     for task in TASKS:
         if task.startswith("cooperative"):
             todo += [(task, "random", 0), (task, "straight", 0)]
@@ -148,7 +153,8 @@ def plays(args: Args) -> list[dict]:
     rows = []
     for task, play, k in todo:
         found = returns(task, play, args.episodes, k)
-        world = "" if task != "navigation" else {0: "data", 1: "beta 0.1", 11: "beta 0.2"}[k]
+        worlds = {"navigation": {1: "beta 0.1", 11: "beta 0.2"}, "wind": {1: "policy"}}
+        world = ({0: "data"} | worlds[task])[k] if task in worlds else ""
         rows.append({"task": task, "play": play, "world": world, "episodes": len(found)})
         error = found.std() / len(found) ** 0.5
         rows[-1] |= {"mean": found.mean(), "std": found.std(), "standard_error": error}
@@ -187,6 +193,7 @@ def pictures(family: str) -> None:
             ("predator-prey", "corner", (0, 10, 30)),
             ("cooperative-navigation-3", "straight", (0, 4, 12)),
             ("navigation", "to the landmark", (0, 4, 8)),
+            ("wind", "against the wind", (0, 3, 8)),
         ),
         "mpe": tuple((task, "expert", (0, 5, 20)) for task in mpe.CLASSES),
     }[family]

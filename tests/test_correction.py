@@ -44,6 +44,14 @@ def test_logged_actions_lead_to_the_logged_next_states(tmp_path, monkeypatch, en
     assert np.abs(found[0] - data.obs[0]).max() > 1e-3
 
 
+def test_the_winds_simulator_has_its_policy():
+    at, actions = np.array([[[0.3, -0.2]]], np.float32), np.zeros((1, 1, 2), np.float32)
+    found = correction.simulator("wind", None)(at, actions)[0, 0]
+    np.testing.assert_allclose(
+        found - at[0, 0], 0.15 * np.array([np.cos(-0.6), np.sin(1.9)]), atol=1e-6
+    )
+
+
 def test_tasks_with_a_hidden_state_have_no_simulator():
     assert correction.simulator("navigation", None) is None  # its force is not observed
     assert correction.simulator(ENV, None) is None

@@ -18,6 +18,7 @@ FIRST_ROWS = {
     ("walker2d", "random"): (1, 63.7161),
     ("maze2d-umaze", ""): (1, 1.975),
     ("predator-prey", "random"): (1, 8.43977),
+    ("wind", "random"): (1, 12.7202),
     ("navigation", "random"): (1, 18.1139),
     ("simple-spread", "medium"): (1, -0.279434),
     ("simple-tag", "random"): (1, 15.1713),

@@ -390,6 +390,42 @@ def test_data_is_in_the_agents_box_and_reproducible(tmp_path):
         assert (a_second != a["observations"][:50]).any()  # batches differ
 
 
+def test_the_wind_is_as_told_and_only_who_knows_it_stays_in_the_middle():
+    num_envs, returns = 500, {}
+    vec = make_vec("wind", num_envs, 0)
+    for k in (0, 3):
+        for knows in (False, True):
+            vec.set_deployment(k, 5)
+            obs, total = vec.reset(seed=1), 0
+            for _ in range(25):
+                x, y = at = obs[:, 0].T
+                push = 0.15 * np.stack([np.cos(3 * y), np.sin(3 * x + 1)])
+                actions = np.clip(-at - push * knows, -0.2, 0.2).T[:, None]
+                _, rewards, ends, _, final_obs = vec.step(actions)
+                expected = np.clip(at + actions[:, 0].T + push, -1, 1)
+                error = np.abs(final_obs[:, 0].T - expected)
+                assert error.max() < (1e-6 if k else 0.301) and (k or error.mean() > 0.05)
+                apart = np.hypot(*final_obs[:, 0].T)
+                np.testing.assert_allclose(rewards, np.maximum(0, 1 - apart / 0.2), atol=1e-5)
+                assert not ends.any()
+                total, obs = total + rewards, final_obs
+            returns[k, knows] = total.mean()
+    assert returns[3, True] > 20 and returns[3, False] < 0.5 and returns[0, False] > 9
+
+
+def test_the_winds_data_knows_nothing_of_its_policy(tmp_path):
+    makers.make("wind", "random", 20_000, tmp_path / "wind")
+    with h5py.File(tmp_path / "wind") as file:
+        obs, next_obs, actions = (
+            file[k][...] for k in ("observations", "next_observations", "actions")
+        )
+    pushed, inside = next_obs - obs - actions, (np.abs(next_obs) < 1).all(1)
+    assert np.abs(actions).max() <= F(0.2) and np.abs(pushed[inside]).max() < 0.1501
+    middle = pushed[inside & (np.abs(obs) < 0.5).all(1)]
+    histogram = np.histogram(middle, 6, (-0.15, 0.15))[0] / middle.size
+    np.testing.assert_allclose(histogram, 1 / 6, atol=0.02)
+
+
 def test_early_ends_leave_whole_episodes(monkeypatch):
     monkeypatch.setattr(episodes, "EPISODES", 64)
     batches = episodes.roll_out("navigation")
