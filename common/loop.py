@@ -120,7 +120,8 @@ class Training:
             kind = getattr(agent, "kind", None)
             kind_of = None if kind is None else lambda number: kind(number, offline)
             self.captured = Graphed(update, self.graph, kind_of)
-        before = runs.updates_before(args, self.phase)
+        before = args.offline_updates + (self.phase - 1) * args.finetune_updates
+        before = 0 if offline else before
         for number in run.updates(name, self.done, stop):
             losses, self.done = self.captured(number), number
             if number % args.log_every == 0 or number == stop:
@@ -156,22 +157,17 @@ class Training:
         """Run pi^{k-1} for M steps: D^k, for `Replay.add`. Records its return, by episodes of their
         own: of those within M steps, whose number depends on their lengths, the mean is biased."""
         args, S = self.args, self.args.num_seeds
-        self.set_deployment(k)
-        start, seed = time.perf_counter(), (args.seed, k)
-        data, ended = collect(
-            self.envs,
-            self.agent,
-            self.num_steps,
-            seed,
-            self.device,
-            args.exploration,
-            self.graph,
-        )
-        self.steps_per_second = S * self.num_steps / (time.perf_counter() - start)
-        exploring = None
-        if args.exploration != "none":
-            exploring = data["rewards"].sum(1), ended
-        self.record_return(k - 1, self.evaluate(k), exploring)
+        self.save()
+        with self.run.stops_at_once():
+            self.set_deployment(k)
+            start, seed = time.perf_counter(), (args.seed, k)
+            how = seed, self.device, args.exploration, self.graph
+            data, ended = collect(self.envs, self.agent, self.num_steps, *how)
+            self.steps_per_second = S * self.num_steps / (time.perf_counter() - start)
+            exploring = None
+            if args.exploration != "none":
+                exploring = data["rewards"].sum(1), ended
+            self.record_return(k - 1, self.evaluate(k), exploring)
         return data
 
     def enter(self, k: int, measured: dict[str, torch.Tensor]) -> None:
@@ -190,8 +186,9 @@ class Training:
         """The return of pi^K, and the closing table."""
         K = self.args.deployments
         self.save()
-        self.set_deployment(K + 1)
-        self.record_return(K, self.evaluate(K + 1))
+        with self.run.stops_at_once():
+            self.set_deployment(K + 1)
+            self.record_return(K, self.evaluate(K + 1))
         self.run.finish()
 
     def set_deployment(self, k: int) -> None:

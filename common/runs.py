@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -63,11 +64,8 @@ def read_args(folder: str | Path) -> dict:
 
 
 def seeds_folders(folder: str | Path) -> list[Path]:
-    """The folders of all the seeds of the run in `folder`, the first seed's first.
-
-    Raises:
-        InputError: no run, or several seeds' whose folders do not have their names any more.
-    """
+    """The folders of all the seeds of the run in `folder`, the first seed's first; InputError: no
+    run, or several seeds' whose folders do not have their names any more."""
     folder, names = Path(folder).resolve(), read_record(folder).get("folders", [])
     if len(names) < 2:
         return [folder]  # by whatever name
@@ -123,11 +121,6 @@ def read_offline_checkpoint(args, script: str) -> dict:
 # --- Run ---
 
 
-def updates_before(args, phase: int) -> int:
-    """Updates made before the first of a phase: deployment k's, or 0, the offline phase."""
-    return args.offline_updates + (phase - 1) * args.finetune_updates if phase else 0
-
-
 def spread(returns: list[list[float]]) -> str:
     """The standard deviation over seeds of their mean returns, or over a single seed's episodes."""
     if len(returns) > 1:
@@ -152,7 +145,7 @@ class Run:
         self.args, self.script = args, script
         self.seeds = [args.seed + s for s in range(args.num_seeds)]
         self.rows: list[list[dict]] = [[] for _ in self.seeds]
-        self.stop_signal = None
+        self.stop_signal, self.nothing_to_save = None, False
         if checkpoint is not None:
             self.folders = seeds_folders(args.resume)
             self.rows = checkpoint["rows"]
@@ -236,6 +229,16 @@ class Run:
         if self.stop_signal is not None:  # asked twice: do not wait for the next update
             raise KeyboardInterrupt
         self.stop_signal = number
+        if self.nothing_to_save:
+            self.stop_if_asked()
+
+    @contextmanager
+    def stops_at_once(self) -> Iterator[None]:
+        """What is inside is made again by the resumed run."""
+        self.stop_if_asked()
+        self.nothing_to_save = True
+        yield
+        self.nothing_to_save = False
 
     # Logging
 
@@ -331,12 +334,9 @@ class Run:
 
     def updates(self, phase: str, start: int, stop: int) -> Iterator[int]:
         """Count the updates start+1 ... stop of a phase behind a progress bar."""
-        every = 0.3 if sys.stderr.isatty() else 60
-        bar = tqdm(
-            total=stop, initial=start, desc=phase, unit="update", mininterval=every, leave=False
-        )
         self.counted = start, time.perf_counter()
-        with bar:
+        every = {"unit": "update", "mininterval": 0.3 if sys.stderr.isatty() else 60}
+        with tqdm(total=stop, initial=start, desc=phase, leave=False, **every) as bar:
             for update in range(start + 1, stop + 1):
                 yield update
                 bar.update()
@@ -348,9 +348,8 @@ class Run:
         torch.save({**state, "args": dataclasses.asdict(self.args)}, content)
         write_beside(self.folders[0] / name, content.getvalue())
 
-    def stop_if_asked(self, save: Callable) -> None:
-        """After SIGINT or SIGTERM: call `save`, say how to go on, and exit with status 128 +
-        signal."""
+    def stop_if_asked(self, save: Callable = lambda: None) -> None:
+        """After SIGINT or SIGTERM: `save`, say how to go on, exit with status 128 + signal."""
         if self.stop_signal is None:
             return
         save()

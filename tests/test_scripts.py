@@ -260,8 +260,8 @@ LIVES = [
     ("write", 1),  # from 34: the checkpoint of update 51
     ("SIGTERM", 5),  # from 34
     ("step", 50),  # from 39: in the first deployment
-    ("write", 3),  # from 51: between returns.csv of the first seed and of the second
-    ("update", 54),  # from 51: in the second deployment's fine-tuning
+    ("write", 4),  # from 60: between returns.csv of the first seed and of the second
+    ("update", 54),  # from 60: in the second deployment's fine-tuning
     ("step", 10),  # from the second deployment: the last evaluation
 ]
 
@@ -291,7 +291,7 @@ def test_a_run_that_dies_again_and_again_ends_where_the_unbroken_one_does(
         state = torch.load(first / "checkpoint.pt", weights_only=True)
         progress.append(state["progress"])
     embeds = any(name.startswith("embedding.") for name in state["strategy"])
-    third = (0, 111 if embeds else 51)  # 60 updates more, of the embedding
+    third = (0, 120 if embeds else 60)  # 60 updates more, of the embedding
     assert progress == [(0, 34), (0, 34), (0, 39), third, third, (2, 0), (2, 40)]
     run(monkeypatch, script, *options)
 
@@ -373,6 +373,30 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys, dat
     folder = only(tmp_path / "runs")
     assert exit.value.code == 130 and f"--resume {folder}" in capsys.readouterr().err
     assert torch.load(folder / "checkpoint.pt", weights_only=True)["progress"] == (0, 7)
+
+
+# 60 steps of deployment and 20 of evaluation, twice, and 20 of the last evaluation
+@pytest.mark.parametrize(("step", "progress"), [(30, (0, 60)), (70, (0, 60)), (165, (2, 20))])
+def test_a_stop_amid_a_deployment_takes_effect_at_once(tmp_path, monkeypatch, data, step, progress):
+    argv = ["--env", ENV, "--dataset", data, *tiny("otc_bcq"), "--eval-every", 1000]
+    run(monkeypatch, "otc_bcq", *argv, "--run-dir", tmp_path / "unbroken")
+    count, to_box = [0], VecEnv.to_box
+
+    def stepped(*args):
+        count[0] += 1
+        if count[0] == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return to_box(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit:
+        patch.setattr(VecEnv, "to_box", stepped)
+        run(patch, "otc_bcq", *argv, "--run-dir", tmp_path / "broken")
+    assert exit.value.code == 143 and count[0] == step
+    whole, broken = only(tmp_path / "unbroken"), only(tmp_path / "broken")
+    assert torch.load(broken / "checkpoint.pt", weights_only=True)["progress"] == progress
+    run(monkeypatch, "otc_bcq", "--resume", broken)
+    assert (whole / "returns.csv").read_bytes() == (broken / "returns.csv").read_bytes()
+    assert_same(*(state_of(f / "checkpoint.pt") for f in (whole, broken)))
 
 
 def test_ctrl_c_while_the_data_is_made_is_no_traceback(monkeypatch, capsys):
