@@ -58,8 +58,8 @@ class Training:
         if checkpoint is not None:
             resumes = self.args.resume is not None
             agent.load_state_dict(checkpoint["agent"])
-            strategy.load_state_dict(checkpoint["strategy"], strict=resumes)
             if resumes:
+                strategy.load_state_dict(checkpoint["strategy"])
                 self.replay.load_state_dict(checkpoint["replay"])
             self.phase, self.done = checkpoint["progress"]
             set_rng_state(checkpoint["rng"], self.device)

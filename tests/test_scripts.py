@@ -575,6 +575,31 @@ def fails(tmp_path, monkeypatch, capsys):
     return check
 
 
+def test_only_the_policy_is_taken_from_an_offline_checkpoint(tmp_path, monkeypatch, data):
+    """Whatever the strategy of its own run: alpha and the distance are the new run's."""
+    common = ["--env", ENV, "--dataset", data, *tiny("otc_bcq")]
+    starts = {
+        "uniform": ["--sampling", "uniform"],
+        "embedding": ["--distance", "embedding", "--alpha", 3, "--embedding-dim", 7],
+    }
+    for name, flags in starts.items():
+        argv = [*common, *flags, "--deployments", int(name != "uniform")]
+        run(monkeypatch, "otc_bcq", *argv, "--run-dir", tmp_path / name)
+        start = ["--offline-checkpoint", only(tmp_path / name), "--run-dir", tmp_path / f"{name}-2"]
+        for distance in ("value", "embedding"):
+            run(monkeypatch, "otc_bcq", *common, *start, "--distance", distance, "--alpha", 1.5)
+            folder = only(tmp_path / f"{name}-2", f"*otc-{distance}*")
+            alphas = scalars(folder)["otc/alpha_agent_0"]
+            assert alphas[1] == 1.5 and np.isfinite(alphas[2])
+            rows = list(csv.DictReader((folder / "returns.csv").open()))
+            assert rows[0]["alpha_agent_0"] == "1.5"
+    both = [
+        (only(tmp_path / f"{name}-2", "*otc-embedding*") / "returns.csv").read_text()
+        for name in starts
+    ]
+    assert both[0] == both[1]
+
+
 def test_unreadable_and_unfit_checkpoints(tmp_path, monkeypatch, data, fails):
     common = ["--env", ENV, "--dataset", data, *tiny("otc_bcq")]
     run(monkeypatch, "otc_bcq", *common, "--run-dir", tmp_path / "a", "--sampling", "uniform")
