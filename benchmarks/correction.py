@@ -16,7 +16,8 @@ For a logged transition (s, a_i, s') of agent i, in the world of the policies th
 dev and disc are means over the offline transitions that a draw picks, as are own_dev (the own
 logged action's squared difference from the present policy's), value (V(s) of the present policy)
 and reward; online is the share of online transitions in the draw. Every draw is judged on the same
-minibatches, whatever the run's own strategy was. MuJoCo's states are rebuilt from the observations,
+minibatches, whatever the run's own strategy was; the oracle's ranks by dev, or by disc where there
+is one agent. MuJoCo's states are rebuilt from the observations,
 particles start from theirs; other tasks have no disc and no auc.
 """
 
@@ -293,7 +294,8 @@ def measure(moment: Moment, args: Args) -> dict[str, dict[str, np.ndarray]]:
         distances: dict = {"uniform": None}
         for name, strategy in strategies_.items():
             distances[name] = strategy.transition_distance(moment.agent, index, references)
-        distances |= {"nearest (s, a)": nearest, "oracle": found["dev"]}
+        by = "dev" if replay.num_agents > 1 else "disc"  # a team of one: its world is the other
+        distances |= {"nearest (s, a)": nearest, "oracle": found[by]}
         for name, distance in distances.items():
             weight = weights_of(distance, index, args.alpha)
             into = sums[name]
