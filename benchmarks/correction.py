@@ -354,9 +354,12 @@ def draw_figure(rows: list[dict], path: str) -> None:
         for row in rows
         if row["draw"] == "uniform"
     }
-    figure, axes = plt.subplots(1, 3, figsize=(11, 0.42 * len(draws) + 1.4), sharey=True)
-    titles = ("dev / uniform draw's", "disc / uniform draw's", "AUC")
-    for axis, key, title in zip(axes, ("dev", "disc", "auc"), titles, strict=True):
+    titles = {"dev": "dev / uniform draw's", "disc": "disc / uniform draw's", "auc": "AUC"}
+    titles = {k: v for k, v in titles.items() if np.isfinite([row[k] for row in rows]).any()}
+    size = 2.5 + 3 * len(titles), 0.42 * len(draws) + 1.4
+    figure, axes = plt.subplots(1, len(titles), figsize=size, sharey=True, squeeze=False)
+    axes = axes[0]
+    for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for j, k in enumerate(at):
             for i, draw in enumerate(draws):
                 its = [row for row in rows if row["draw"] == draw and row["k"] == k]
