@@ -46,6 +46,7 @@ STRATEGIES = {
     "otc (embedding)": {"sampling": "otc", "distance": "embedding"},
     "otc (two-stage)": {"sampling": "otc", "distance": "two-stage"},
     "otc (raw)": {"sampling": "otc", "distance": "raw"},
+    "otc (residual)": {"sampling": "otc", "distance": "residual"},
     "balanced": {"sampling": "balanced"},
 }
 
