@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from importlib.util import find_spec
 
 from common import InputError
 
@@ -20,6 +21,18 @@ def write_csv(path: str, rows: list[dict]) -> None:
 def write_json(path: str, record: dict) -> None:
     """Raw numbers with what they were measured on."""
     write(path, json.dumps(record, indent=1, default=str) + "\n")
+
+
+def check_outputs(*paths: str | None, flag: str = "--figure") -> None:
+    """Find out before the work that what it makes can be kept, and a PNG file drawn.
+
+    Raises:
+        InputError: it cannot.
+    """
+    for path in filter(None, paths):
+        if path.endswith(".png") and find_spec("matplotlib") is None:
+            raise InputError(f"{flag} needs matplotlib: pip install -r requirements-dev.txt")
+        write(path, "", "a")
 
 
 def write(path: str, text: str, mode: str = "w") -> None:

@@ -17,24 +17,22 @@ dev and disc are means over the offline transitions that a draw picks, as are ow
 logged action's squared difference from the present policy's), value (V(s) of the present policy)
 and reward; online is the share of online transitions in the draw. Every draw is judged on the same
 minibatches, whatever the run's own strategy was; the oracle's ranks by dev, or by disc where there
-is one agent. MuJoCo's states are rebuilt from the observations,
-particles start from theirs; other tasks have no disc and no auc.
+is one agent. MuJoCo's states are rebuilt from the observations, particles start from theirs; other
+tasks have no disc and no auc.
 """
 
 import dataclasses
-import importlib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
 
-from benchmarks import write_csv
-from benchmarks.speed import LEARNERS
-from common import InputError, cli, datasets, embedding, runs, sampler, strategies
+from benchmarks import check_outputs, write_csv
+from benchmarks.restored import restore
+from common import InputError, cli, datasets, embedding, sampler, strategies
 from common.envs import make_vec
 from common.envs.mujoco import MujocoVecEnv
 from common.envs.particle import ParticleVecEnv
@@ -153,60 +151,41 @@ class Moment:
     """A run's data B^k and the policies pi^{k-1} that were deployed to get D^k."""
 
     def __init__(self, folder: str):
-        record = runs.read_record(folder)
-        self.folder = runs.seeds_folders(folder)[0]
-        self.script = record["script"]
-        self.module = importlib.import_module(self.script)
-        self.args = args = self.module.Args(**record["args"])
-        self.task = datasets.parse_env(args.env)[0]
-        if not args.deployments:
-            raise InputError(f"{folder} has no deployments")
-        self.discrete = self.script == "otc_cql_discrete"
-        where = args.env, args.dataset, args.dataset_size, args.split
-        dataset = datasets.load(*where, discrete=self.discrete)
-        self.steps = cli.deployment_steps(args, len(dataset.rewards))
         # One deployment more has room for transitions of today's dynamics
-        self.replay = Replay(dataset, args.num_seeds, args.deployments + 1, self.steps)
-        state = runs.read_checkpoint(str(self.folder), "checkpoint.pt", self.script)
-        self.replay.load_state_dict(state["replay"])
+        self.run = restore(folder, more=1)
+        self.args, self.replay, self.agent = self.run.args, self.run.replay, self.run.agent
+        self.steps, self.discrete = self.run.steps, self.run.script == "otc_cql_discrete"
+        task, split = datasets.parse_env(self.args.env)[0], self.args.split
+        self.simulate, self.envs = simulator(task, split), make_vec(task, 1, 0, split)
         self.num_online = int(self.replay.num_online)
-        sizes = self.replay.num_groups, self.replay.obs.shape[2], self.replay.actions.shape[2]
-        self.agent = getattr(self.module, LEARNERS[self.script])(*sizes, args)
-        self.simulate = simulator(self.task, args.split)
-        self.envs = make_vec(self.task, 1, 0, args.split)
-        offline = self.replay.next_obs - self.replay.obs
-        self.change = offline[:, : self.replay.num_offline].std(1)  # (viewers, obs_dim)
+        change = self.replay.next_obs - self.replay.obs
+        self.change = change[:, : self.replay.num_offline].std(1)  # (viewers, obs_dim)
         self.spaces: dict[str, embedding.Space] = {}
+        self.trained: dict[str, torch.Tensor] = {}  # of the networks of the run's own distance
 
     def set_deployment(self, k: int) -> None:
         """Its data and policies are those of deployment k."""
         if k * self.steps > self.num_online:
-            raise InputError(f"{self.folder} has no deployment {k}")
-        state = runs.read_checkpoint(str(self.folder), f"policy_{k - 1}.pt", self.script)
-        self.agent.load_state_dict(state["agent"], strict=False)  # without the optimisers' states
+            raise InputError(f"{self.run.folder} has no deployment {k}")
+        found = self.run.policy(f"policy_{k - 1}.pt")["strategy"]
         self.replay.num_online.fill_(k * self.steps)
-        if self.args.sampling == "otc":
-            found = {n[len("embedding.") :]: v for n, v in state["strategy"].items()}
-            self.trained = self.args.distance, found
+        own = {n for n in found if n.startswith("embedding.") and n != "embedding._extra_state"}
+        self.trained = {name.removeprefix("embedding."): found[name] for name in own}
 
     def strategy(self, options: dict, updates: int) -> strategies.Strategy:
         """OTC's with a distance; its networks are the run's, or trained here once."""
         args = dataclasses.replace(self.args, sampling="otc", **options)
-        found, name = self.module.OTC(self.replay, args), args.distance
+        found, name = self.run.module.OTC(self.replay, args), args.distance
         if found.embedding is None:
             return found
         if name not in self.spaces:
-            space, trained = found.embedding, getattr(self, "trained", (None, {}))
-            if trained[0] == name:
-                values = {n: v for n, v in trained[1].items() if n in space.state_dict()}
-                space.load_state_dict(
-                    {n: v for n, v in values.items() if n != "_extra_state"}, False
-                )
+            space = self.spaces[name] = found.embedding
+            if self.trained and name == self.args.distance:
+                space.load_state_dict(self.trained, strict=False)  # without the optimiser's state
             elif space.optimizer is not None:
                 for _ in range(updates):
                     index = self.replay.draw_offline(args.batch_size)
                     space.update(self.replay.gather(index))
-            self.spaces[name] = space
         found.embedding = self.spaces[name]
         with torch.no_grad():
             found.embedding.remember(self.replay.latest())
@@ -220,12 +199,9 @@ class Moment:
         team = replay.gather_team(index)
         logged, obs = team["actions"], team["obs"]
         present = present_actions(self.agent, replay, index)
-        nothing = torch.full(index.shape, torch.nan)
-        found = {
-            "dev": nothing
-            if N == 1
-            else deviation(logged[:, :, 1:], present[:, :, 1:], self.discrete),
-            "disc": nothing,
+        found = {  # dev is nan where there are no others, disc without a simulator
+            "dev": deviation(logged[:, :, 1:], present[:, :, 1:], self.discrete),
+            "disc": torch.full(index.shape, torch.nan),
             "own_dev": deviation(logged[:, :, :1], present[:, :, :1], self.discrete),
             "value": self.agent.value(obs[:, :, 0].contiguous()),
             "reward": team["rewards"],
@@ -282,7 +258,7 @@ def measure(moment: Moment, args: Args) -> dict[str, dict[str, np.ndarray]]:
     sums: dict = defaultdict(lambda: defaultdict(float))
     raw = strategies_["raw"].embedding
     for _ in range(args.draws):
-        index, references = replay.draw_merged(options.candidates), None
+        index = replay.draw_merged(options.candidates)
         references = replay.draw_latest(options.references)
         found, today = moment.today(index)
         is_offline = (~replay.is_online(index)).float()
@@ -333,7 +309,7 @@ def look(folder: str, args: Args) -> list[dict]:
         for draw, table in measure(moment, args).items():
             for g in range(moment.replay.num_groups):
                 seed, agent = divmod(g, moment.replay.num_agents)
-                names = {"script": moment.script, "env": moment.args.env, "k": k}
+                names = {"script": moment.run.script, "env": moment.args.env, "k": k}
                 names |= {"strategy": strategies.strategy_name(its), "draw": draw}
                 names |= {"seed": moment.args.seed + seed, "agent": agent}
                 rows.append(names | {key: float(table[key][g]) for key in MEASURES})
@@ -393,9 +369,7 @@ def main(args: Args) -> None:
         raise InputError("no run folders given")
     if min(args.at, default=0) < 1 or args.draws < 1:
         raise InputError("--at and --draws must be 1 or more")
-    for path in filter(None, (args.csv, args.figure)):
-        if not Path(path).resolve().parent.is_dir():
-            raise InputError(f"{path} cannot be written: no such folder")
+    check_outputs(args.csv, args.figure)
     rows = []
     for folder in args.folders:
         rows += look(folder, args)

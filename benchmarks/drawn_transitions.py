@@ -8,16 +8,14 @@ Draws from the data of a run's last checkpoint as OTC (value) would, whatever th
 over all of D, or by that of V(s') over B. Ends are ranked like all others, unlike in the scripts.
 """
 
-import importlib
 from dataclasses import dataclass
 
 import torch
 import tyro
 
 from benchmarks import write_csv
-from benchmarks.speed import LEARNERS
-from common import InputError, cli, datasets, runs, sampler
-from common.replay import Replay
+from benchmarks.restored import restore
+from common import InputError, cli, sampler
 
 
 @dataclass
@@ -43,24 +41,9 @@ def weighted(values: torch.Tensor, distance: torch.Tensor | None, alpha: float) 
 
 
 def look(folder: str, args: Args) -> list[dict]:
-    record = runs.read_record(folder)
-    script = importlib.import_module(record["script"])
-    options = script.Args(**record["args"])
-    if not options.deployments:
-        raise InputError(f"{folder} has no deployment to match with")
-    where = options.env, options.dataset, options.dataset_size, options.split
-    dataset = datasets.load(*where, discrete=record["script"] == "otc_cql_discrete")
-    steps = cli.deployment_steps(options, len(dataset.rewards))
-    replay = Replay(dataset, options.num_seeds, options.deployments, steps)
-    state = runs.read_checkpoint(folder, "checkpoint.pt", record["script"])
-    replay.load_state_dict(state["replay"])
-    if args.policy != "checkpoint.pt":
-        start = folder if options.offline_checkpoint is None else options.offline_checkpoint
-        state = runs.read_checkpoint(start, args.policy, record["script"])
-    obs_dim, action_dim = replay.obs.shape[2], replay.actions.shape[2]
-    learner = getattr(script, LEARNERS[record["script"]])
-    agent = learner(replay.num_groups, obs_dim, action_dim, options)
-    agent.load_state_dict(state["agent"])
+    run = restore(folder)
+    replay, agent, options = run.replay, run.agent, run.args
+    run.policy(args.policy)
     torch.manual_seed(0)
     sums: dict[str, dict[str, torch.Tensor]] = {}
     for _ in range(args.draws):
@@ -97,7 +80,7 @@ def look(folder: str, args: Args) -> list[dict]:
     rows = []
     for name, values in sums.items():
         for g in range(replay.num_groups):
-            row = {"script": record["script"], "env": options.env, "policy": args.policy}
+            row = {"script": run.script, "env": options.env, "policy": args.policy}
             row |= {"sampling_of_the_run": options.sampling, "draw": name}
             row |= {"seed": options.seed + g // replay.num_agents, "agent": g % replay.num_agents}
             rows.append(row | {key: float(value[g]) for key, value in values.items()})

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks import write_csv
+from benchmarks import check_outputs, write_csv
 from common import InputError, cli, nearest, sampler
 
 SIZE, GAMMA, NUM_ACTIONS = 13, 0.9, 5
@@ -32,6 +32,7 @@ CELLS = torch.cartesian_prod(torch.arange(SIZE), torch.arange(SIZE))  # (S, 2)
 NUM_CELLS = len(CELLS)
 GOAL = torch.tensor([SIZE - 3, SIZE - 3])
 APART = (CELLS[:, None] - CELLS[None]).abs().sum(2).float()  # l1 of two cells (S, S)
+NEARNESS = torch.exp(-2 * APART)
 
 
 @dataclass
@@ -165,39 +166,49 @@ def delta(data, c, d, q, partner):
     return matched(c, d, near_pairs(c, d), *(CELLS[x[2]].float() - CELLS[x[0]] for x in (c, d)))[0]
 
 
-def residual(data, c, d, q, partner):
+def match_residuals(data, c, d):
+    """As `matched`, by the cells alone."""
     pairs = APART[c[0][:, :, None], d[0][:, None]]
-    return matched(c, d, pairs, data.residual(c), data.residual(d))[0]
+    return matched(c, d, pairs, data.residual(c), data.residual(d))
+
+
+def mean_residuals(data, c, d):
+    """Distance from the mean residual of the references around, each with weight exp(-2 distance),
+    and the sum of these weights; (G, B) each."""
+    weight = NEARNESS[c[0][:, :, None], d[0][:, None]]
+    mean = weight @ data.residual(d) / weight.sum(2, keepdim=True).clamp(min=1e-12)
+    return (data.residual(c) - mean).abs().sum(2), weight.sum(2)
+
+
+def shrunk(distance, trust):
+    """To the mean of all where there is no reason to trust it."""
+    return trust * distance + (1 - trust) * distance.mean(1, keepdim=True)
+
+
+def residual(data, c, d, q, partner):
+    return match_residuals(data, c, d)[0]
 
 
 def residual_near(data, c, d, q, partner):
     """Without a match in its own cell a candidate is neither good nor bad."""
-    pairs = APART[c[0][:, :, None], d[0][:, None]]
-    found, gap = matched(c, d, pairs, data.residual(c), data.residual(d))
-    return sampler.rank_at_random(found, gap > 0)
+    distance, gap = match_residuals(data, c, d)
+    return sampler.rank_at_random(distance, gap > 0)
 
 
 def residual_scaled(data, c, d, q, partner):
-    """Shrunk to the mean of all by how far the match is."""
-    pairs = APART[c[0][:, :, None], d[0][:, None]]
-    found, gap = matched(c, d, pairs, data.residual(c), data.residual(d))
-    trust = torch.exp(-gap)
-    return trust * found + (1 - trust) * found.mean(1, keepdim=True)
+    """Trusted as far as the match is near."""
+    distance, gap = match_residuals(data, c, d)
+    return shrunk(distance, torch.exp(-gap))
 
 
 def residual_kernel(data, c, d, q, partner):
-    """Against the mean residual of the references around, each with weight exp(-distance)."""
-    weight = torch.exp(-2 * APART)[c[0][:, :, None], d[0][:, None]]
-    mean = weight @ data.residual(d) / weight.sum(2, keepdim=True).clamp(min=1e-12)
-    return (data.residual(c) - mean).abs().sum(2)
+    return mean_residuals(data, c, d)[0]
 
 
 def kernel_near(data, c, d, q, partner):
-    """The same, shrunk to the mean of all where there are no references around."""
-    weight = torch.exp(-2 * APART)[c[0][:, :, None], d[0][:, None]]
-    mean = weight @ data.residual(d) / weight.sum(2, keepdim=True).clamp(min=1e-12)
-    found, trust = (data.residual(c) - mean).abs().sum(2), weight.sum(2).clamp(max=1)
-    return trust * found + (1 - trust) * found.mean(1, keepdim=True)
+    """Trusted as far as there are references around."""
+    distance, weight = mean_residuals(data, c, d)
+    return shrunk(distance, weight.clamp(max=1))
 
 
 def value(data, c, d, q, partner):
@@ -341,6 +352,7 @@ def main(args: Args) -> None:
         known = name.startswith("mixed") or name in STRATEGIES
         if not known and name.partition("@")[0] not in DISTANCES:
             raise InputError(f"unknown strategy {name!r}: {nearest(name, STRATEGIES)}")
+    check_outputs(args.csv, args.figure)
     torch.set_num_threads(1)
     partner = partner_of(args.partner)
     uniform = torch.full((NUM_CELLS, NUM_ACTIONS), 1 / NUM_ACTIONS).double()
