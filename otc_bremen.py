@@ -79,8 +79,7 @@ class Args(OnlineArgs):
     and two-stage (section 3.3); not the paper's: raw (scaled states and actions) and residual (what
     the own action does not explain)"""
     value_mean: Literal["matches", "references"] = "matches"
-    """whose V(s'*) is averaged in equation (2): the candidates' matches', or that of all references
-    """
+    """whose V(s'*) is averaged in equation (2): that of the matches, or of all references"""
     hidden_size: int = 256
     """units in each of the two hidden layers of every network"""
     actor_learning_rate: float = 1e-4

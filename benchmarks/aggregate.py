@@ -12,14 +12,13 @@ implementation: https://github.com/google-research/rliable, which has no paired 
 import csv
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import tyro
 
-from benchmarks import write, write_csv
+from benchmarks import check_outputs, write_csv
 from common import InputError, cli, nearest, runs, strategies
 
 
@@ -468,8 +467,6 @@ def draw(path: str, cells: Cells, parts: list, base: dict[str, str], args: Args)
 def main(args: Args) -> None:
     if args.out and not args.out.endswith(".png"):
         raise InputError(f"--out {args.out} is not a name of a PNG file")
-    if args.out and find_spec("matplotlib") is None:
-        raise InputError("--out needs matplotlib: pip install -r requirements-dev.txt")
     if args.resamples < 100:
         raise InputError(f"--resamples is {args.resamples}; it must be at least 100")
     cells, said = read(args)
@@ -496,8 +493,7 @@ def main(args: Args) -> None:
     parts = [part for part in parts if samples_of(*part[1:])]  # no table of no common seed
     for run in all_runs:  # what is wrong is said before anything is written
         run.value(args.column, args.of)
-    for path in filter(None, (args.csv, args.table, args.out)):
-        write(path, "", "a")
+    check_outputs(args.csv, args.table, args.out, flag="--out")
     value = {"last": f"pi^{last}", "mean": f"mean of pi^1 ... pi^{last}"}
     value |= {"gain": f"pi^{last} less pi^0", "improvement": f"pi^{last} above pi^0 in %"}
     print(

@@ -13,14 +13,13 @@ move at random, and `all respond` to each other as if the others did.
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import tyro
 
 from benchmarks import write_csv
-from common import cli
+from common import ROOT, cli
 from common.datasets import makers
 from common.envs import TASKS, make_vec, mpe
 from common.envs.particle import REACH, SPEED, CooperativeNavigation, PredatorPrey, draw
@@ -187,7 +186,7 @@ def pictures(family: str) -> None:
     """docs/figures/{task}.png: three moments of scripted play, or of the expert's, side by side."""
     import imageio.v3 as imageio
 
-    figures = Path(__file__).parents[1] / "docs" / "figures"
+    figures = ROOT / "docs" / "figures"
     scenes = {
         "particle": (
             ("predator-prey", "corner", (0, 10, 30)),

@@ -50,12 +50,10 @@ import numpy as np
 import tyro
 
 from benchmarks import write_csv
-from common import InputError, cli, nearest, runs
+from common import ROOT, InputError, cli, nearest, runs, strategies
 from common.envs import num_cores
 
-ROOT = Path(__file__).resolve().parent.parent
-SAMPLING = ("uniform", "mixed", "online", "offline", "balanced", "otc")
-OF_TUNING = ("finetune_updates", "distance", "value_mean")
+SAMPLING = (*strategies.OTHERS, "otc")
 TABLES = {"script": "scripts", "env": "envs", "strategy": "strategies"}
 
 
@@ -199,7 +197,7 @@ def checked(flags: dict, groups: dict[str, str], script: str) -> dict:
 
 def is_online(name: str, groups: dict[str, str]) -> bool:
     """Of no use to the offline phase."""
-    return groups[name] in ("deployment", "otc") or name in OF_TUNING
+    return groups[name] in ("deployment", "otc") or name in cli.OF_TUNING
 
 
 def argv_of(flags: dict) -> list[str]:

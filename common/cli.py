@@ -33,6 +33,8 @@ Natural = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(open=True)]
 Share = Annotated[float, Range(0, 1)]
 
+# Of an algorithm's arguments, those that say how the policy is tuned and not what it is
+OF_TUNING = ("finetune_updates", "distance", "value_mean")
 # What --help shows first
 DAY_ONE = (
     *("env", "dataset", "sampling", "distance", "seed", "num_seeds"),
@@ -234,14 +236,9 @@ def described(args_type: type) -> dict[str, tuple[str, str]]:
 
 def with_those_of(args, folder: str):
     """The arguments, of which those of data, training and algorithm are an earlier run's."""
-    own = {
-        "finetune_updates",
-        "distance",
-        "value_mean",
-    }  # say how the policy is tuned, not what it is
     its, taken = runs.read_args(folder), {}
     for name, (group, _) in described(type(args)).items():
-        is_policys = group not in ("deployment", "otc", "run") and name not in own
+        is_policys = group not in ("deployment", "otc", "run") and name not in OF_TUNING
         if name in its and (is_policys or name in args.SAME_POLICY):
             taken[name] = its[name]
     return dataclasses.replace(args, **taken)

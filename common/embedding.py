@@ -62,6 +62,12 @@ class Space(nn.Module):
             self.latest = state["latest"].to(self.replay.device)
 
 
+def gaussian(encoder: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and log-std of the latent of x (G, n, ...), (G, n, latent_dim) each."""
+    mean, log_std = encoder(x).chunk(2, dim=2)
+    return mean, log_std.clamp(-4, 15)
+
+
 class Embedding(Space):
     """--distance embedding, section 3.5: the mean of a conditional VAE, which encodes (s, a_i, s')
     into z and decodes a_i from (s, s', z), stands for both e(s, a_i) and e(s')."""
@@ -77,8 +83,7 @@ class Embedding(Space):
     def encode(self, obs, actions, next_obs):
         """Mean and log-std of the embedding, each (G, batch, latent_dim)."""
         obs, next_obs = self.scaled(obs), self.scaled(next_obs)
-        mean, log_std = self.encoder(torch.cat([obs, actions, next_obs], dim=2)).chunk(2, dim=2)
-        return mean, log_std.clamp(-4, 15)
+        return gaussian(self.encoder, torch.cat([obs, actions, next_obs], dim=2))
 
     def place(self, obs, actions, next_obs):
         return self.encode(obs, actions, next_obs)[0]
@@ -150,15 +155,14 @@ class TwoStage(Raw):
     def place(self, obs, actions, next_obs):
         inputs = self.pair(obs, actions), self.scaled(next_obs)
         pairs = zip(self.encoders, inputs, strict=True)
-        return torch.cat([encoder(x).chunk(2, dim=2)[0] for encoder, x in pairs], dim=2)
+        return torch.cat([gaussian(encoder, x)[0] for encoder, x in pairs], dim=2)
 
     def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One update of both on a batch of offline data; losses (G,), sums of both."""
         errors, kls = [], []
         inputs = self.pair(batch["obs"], batch["actions"]), self.scaled(batch["next_obs"])
         for encoder, decoder, x in zip(self.encoders, self.decoders, inputs, strict=True):
-            mean, log_std = encoder(x).chunk(2, dim=2)
-            log_std = log_std.clamp(-4, 15)
+            mean, log_std = gaussian(encoder, x)
             z = mean + log_std.exp() * torch.randn_like(mean)
             errors.append((decoder(z) - x).square().mean((1, 2)))
             kls.append(kl_divergence(mean, log_std))

@@ -155,13 +155,21 @@ class Balanced(Strategy):
         self.priorities.load_state_dict(state["priorities"])
 
 
+# What --sampling may be beside otc
+OTHERS = {
+    "uniform": Strategy,
+    "mixed": Mixed,
+    "online": Online,
+    "offline": Offline,
+    "balanced": Balanced,
+}
+
+
 def make(replay: Replay, args, otc: type[Strategy]) -> Strategy:
     """The strategy of --sampling; `otc` is the script's own. What it draws for its networks leaves
     the policies' random numbers alone: pi^0 is the same for every strategy."""
-    classes = {"uniform": Strategy, "mixed": Mixed, "balanced": Balanced, "otc": otc}
-    classes |= {"online": Online, "offline": Offline}
     with kept_rng_state(replay.device):
-        return classes[args.sampling](replay, args)
+        return {**OTHERS, "otc": otc}[args.sampling](replay, args)
 
 
 def strategy_name(args: dict) -> str:

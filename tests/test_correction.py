@@ -115,8 +115,10 @@ def kl_of_drawn(weights, replay, index):
     return total
 
 
-def test_who_sees_the_next_state_corrects_the_dynamics_as_far_as_ranks_can():
-    """Matches have the same (s, a_i), and the match's next state is one of today's: a candidate's
+def divergences() -> dict[str, float]:
+    """{draw: KL at alpha 1}, and "exact", that of a distance that sees with endless minibatches.
+
+    Matches have the same (s, a_i), and the match's next state is one of today's: a candidate's
     distance is 0 with the probability that its s' has today. The rest is arithmetic."""
     torch.manual_seed(0)
     random, B = np.random.default_rng(0), 40_000
@@ -154,7 +156,12 @@ def test_who_sees_the_next_state_corrects_the_dynamics_as_far_as_ranks_can():
     near, far = law[:hits].mean(), law[hits:].mean()
     drawn = p * near + (1 - p) * far
     drawn /= drawn.sum(1, keepdims=True)
-    exact = (p * np.log(p / drawn)).sum(1).mean()
+    return {"uniform": uniform, **kls, "exact": (p * np.log(p / drawn)).sum(1).mean()}
+
+
+def test_who_sees_the_next_state_corrects_the_dynamics_as_far_as_ranks_can():
+    kls, p = divergences(), np.stack([1 - PARTNER, PARTNER], 1)
+    uniform, exact = kls["uniform"], kls["exact"]
     assert uniform == pytest.approx((p * np.log(p / 0.5)).sum(1).mean(), abs=0.01)
     assert exact < 0.2 * uniform
     assert kls["raw"] == pytest.approx(exact, abs=0.015)
