@@ -27,7 +27,7 @@ from common import cli, embedding, sampler, strategies
 from common.cli import Natural, OnlineArgs, Positive, Share
 from common.embedding import Distance
 from common.loop import Training
-from common.nets import Critic, Learner, adam, follow, mlp, step
+from common.nets import Actor, Critic, Learner, adam, follow, keep_own, mean_over_own, mlp, step
 from common.replay import Replay
 from common.strategies import Strategy
 
@@ -106,7 +106,7 @@ class Args(OnlineArgs):
 # Every tensor starts with the group dimension G: g = seed_index * num_agents + agent.
 
 
-class GaussianActor(nn.Module):
+class GaussianActor(Actor):
     """pi(a_i | s): a Gaussian with a tanh mean and a learned log-std per action dimension.
 
     It is not squashed, so that the density of data actions at the bound stays finite.
@@ -124,17 +124,19 @@ class GaussianActor(nn.Module):
 
     def forward(self, obs):
         """Mean, (G, batch, action_dim)."""
-        return torch.tanh(self.network(obs))
+        return keep_own(torch.tanh(self.network(obs)), self.own)
 
     def sample(self, mean):
         """Actions in the box around means, (G, batch, action_dim)."""
-        return (mean + self.log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)
+        noise = self.log_std.exp() * torch.randn_like(mean)
+        return (mean + keep_own(noise, self.own)).clamp(-1, 1)
 
     def log_prob(self, mean, actions):
         """(G, batch)"""
         log_std = self.log_std
         scaled = (actions - mean) * (-log_std).exp()
-        return -(0.5 * scaled.square() + log_std + 0.5 * math.log(2 * math.pi)).sum(2)
+        log_density = -(0.5 * scaled.square() + log_std + 0.5 * math.log(2 * math.pi))
+        return keep_own(log_density, self.own).sum(2)
 
 
 # --- Learner ---
@@ -144,7 +146,7 @@ class ICQ(Learner):
     """G independent ICQ learners; losses are averaged over the batch and summed over G."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, args: Args):
-        super().__init__(obs_dim)
+        super().__init__(G, obs_dim)
         self.args = args
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         self.actor = GaussianActor(*sizes)
@@ -216,7 +218,7 @@ class ICQ(Learner):
             "losses/qf1_values": q1.detach().mean(1),
             "losses/actor_loss": actor_loss.detach(),
             "losses/largest_weight": weights.amax(1) / weights.shape[1],
-            "losses/policy_std": self.actor.log_std.detach().exp().mean((1, 2)),
+            "losses/policy_std": mean_over_own(self.actor.log_std.detach().exp(), self.own),
         }
 
     def value_of(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:

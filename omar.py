@@ -26,7 +26,7 @@ from common import InputError, cli, embedding, sampler, strategies
 from common.cli import Natural, OnlineArgs, Positive, Share
 from common.embedding import Distance
 from common.loop import Training
-from common.nets import Learner, adam, follow, mlp, step
+from common.nets import Actor, Learner, adam, count_own, follow, keep_own, mean_over_own, mlp, step
 from common.replay import Replay
 from common.strategies import Strategy
 
@@ -175,7 +175,7 @@ class UnitCritic(nn.Module):
         return self.unit * self.network(torch.cat([obs, actions], dim=2)).squeeze(2)
 
 
-class DeterministicActor(nn.Module):
+class DeterministicActor(Actor):
     """pi(s) in the action box [-1, 1]."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
@@ -184,7 +184,7 @@ class DeterministicActor(nn.Module):
 
     def forward(self, obs):
         """(G, batch, action_dim)"""
-        return torch.tanh(self.network(obs))
+        return keep_own(torch.tanh(self.network(obs)), self.own)
 
 
 # --- Learner ---
@@ -197,7 +197,7 @@ class OMAR(Learner):
     """
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, args: Args):
-        super().__init__(obs_dim)
+        super().__init__(G, obs_dim)
         self.args = args
         published = COEFFICIENTS.get(args.env, (0.7, 1.0))
         asked = args.omar_coefficient, args.cql_alpha
@@ -244,7 +244,7 @@ class OMAR(Learner):
         obs, next_obs, actions = batch["obs"], batch["next_obs"], batch["actions"]
         if args.critic == "independent":
             obs, next_obs, actions = (x.unsqueeze(2) for x in (obs, next_obs, actions))
-        obs, next_obs = self.scaled(obs), self.scaled(next_obs)
+        obs, next_obs = self.scaled_team(obs), self.scaled_team(next_obs)
         own_obs, own_actions = obs[:, :, 0], actions[:, :, 0]
 
         # Critics: y = r + gamma * the smaller target critic at the target policies' actions; and
@@ -266,11 +266,12 @@ class OMAR(Learner):
         actor_loss, sampler_losses = -(1 - self.coefficient) * q.mean(1), {}
         if self.coefficient > 0:  # else MA-CQL, which needs no sampler
             best_actions, best_q = self.best_actions(obs, actions, policy_actions.detach())
-            regression = (policy_actions - best_actions).square().mean((1, 2))
+            regression = mean_over_own((policy_actions - best_actions).square(), self.own)
             actor_loss = actor_loss + self.coefficient * regression
             sampler_losses["losses/regression_loss"] = regression.detach()
             sampler_losses["losses/sampler_gain"] = (best_q - q.detach()).mean(1)
         step(self.actor_optimizer, actor_loss)
+        bc_error = mean_over_own((policy_actions.detach() - own_actions).square(), self.own)
 
         follow(self.target, self.live, args.tau)
         return {
@@ -279,9 +280,16 @@ class OMAR(Learner):
             "losses/qf1_values": q1.detach().mean(1),
             "losses/conservative_gap": (gap1 + gap2).detach() / 2,
             "losses/actor_loss": actor_loss.detach(),
-            "losses/bc_error": (policy_actions.detach() - own_actions).square().mean((1, 2)),
+            "losses/bc_error": bc_error,
             **sampler_losses,
         }
+
+    def scaled_team(self, obs: torch.Tensor) -> torch.Tensor:
+        """Every seen agent's observations by its own scales, (G, batch, K, obs_dim)."""
+        mean, std = (
+            x.squeeze(1)[self.teammate].unsqueeze(1) for x in (self.obs_mean, self.obs_std)
+        )
+        return (obs - mean) / std
 
     def team_actions(self, actor: nn.Module, obs: torch.Tensor) -> torch.Tensor:
         """Every seen agent's action by its own policy: (G, batch, K, obs_dim) -> (G, batch, K,
@@ -306,17 +314,18 @@ class OMAR(Learner):
         minus its Q of the data's action, (G, batch): (G,) each."""
         n = self.args.num_penalty_actions
         shape = (*actions.shape[:2], n, actions.shape[3])
-        sampled = [2 * torch.rand_like(actions[:, :, :1].expand(shape)) - 1]
-        log_density = [torch.full_like(sampled[0][..., 0], -shape[3] * math.log(2))]
+        uniform = keep_own(2 * torch.rand_like(actions[:, :, :1].expand(shape)) - 1, self.own)
+        log_uniform = (-math.log(2) * count_own(uniform, self.own)).view(-1, 1, 1)
+        sampled, log_density = [uniform], [log_uniform.expand(shape[:3])]
         if self.args.penalise_policy:
             std = self.args.penalty_noise
             for its_obs in (obs, next_obs):
                 with torch.no_grad():
                     mean = self.actor(its_obs[:, :, 0]).unsqueeze(2)
-                noise = torch.randn(*shape, device=obs.device)
+                noise = keep_own(torch.randn(*shape, device=obs.device), self.own)
                 sampled.append((mean + std * noise).clamp(-1, 1))
                 log_normal = -0.5 * noise.square() - math.log(std * math.sqrt(2 * math.pi))
-                log_density.append(log_normal.sum(3))
+                log_density.append(keep_own(log_normal, self.own).sum(3))
         sampled, log_density = torch.cat(sampled, dim=2), torch.cat(log_density, dim=2)
         return [
             ((self.q_at(qf, obs, actions, sampled) - log_density).logsumexp(2) - q).mean(1)
@@ -332,7 +341,7 @@ class OMAR(Learner):
         shape = (*policy_actions.shape[:2], args.sampler_samples, policy_actions.shape[2])
         kept = mean[:, :, :0]
         for _ in range(args.sampler_rounds):
-            noise = torch.randn(*shape, device=obs.device)
+            noise = keep_own(torch.randn(*shape, device=obs.device), self.own)
             samples = torch.cat([kept, (mean + std * noise).clamp(-1, 1)], dim=2)
             q = self.q_at(self.qf1, obs, actions, samples)  # (G, batch, n)
             if args.refit == "elite":
@@ -358,7 +367,7 @@ class OMAR(Learner):
         """The policy's action with Gaussian noise; shapes as of `act`."""
         actions = self.act(obs)
         noise = self.args.exploration_noise * torch.randn_like(actions)
-        return (actions + noise).clamp(-1, 1)
+        return (actions + keep_own(noise, self.own)).clamp(-1, 1)
 
     @torch.no_grad()
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,18 @@ from common import cli, embedding, sampler, strategies
 from common.cli import Natural, OnlineArgs, Share
 from common.embedding import Distance
 from common.loop import Training
-from common.nets import Critic, Learner, adam, follow, kl_divergence, mlp, step
+from common.nets import (
+    Actor,
+    Critic,
+    Learner,
+    adam,
+    follow,
+    keep_own,
+    kl_divergence,
+    mean_over_own,
+    mlp,
+    step,
+)
 from common.replay import Replay
 from common.strategies import Strategy
 
@@ -99,7 +110,7 @@ class Args(OnlineArgs):
 # Every tensor starts with the group dimension G: g = seed_index * num_agents + agent.
 
 
-class PerturbationActor(nn.Module):
+class PerturbationActor(Actor):
     """Moves a decoded action by at most phi, inside the action box [-1, 1]."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int, phi: float):
@@ -110,10 +121,10 @@ class PerturbationActor(nn.Module):
     def forward(self, obs, actions):
         """(G, batch, action_dim)"""
         shift = self.phi * torch.tanh(self.network(torch.cat([obs, actions], dim=2)))
-        return (actions + shift).clamp(-1, 1)
+        return keep_own((actions + shift).clamp(-1, 1), self.own)
 
 
-class ActionVAE(nn.Module):
+class ActionVAE(Actor):
     """BCQ's generative model of the data's actions given the state."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
@@ -122,18 +133,28 @@ class ActionVAE(nn.Module):
         self.encoder = mlp(G, obs_dim + action_dim, hidden_size, 2 * self.latent_dim)
         self.decoder = mlp(G, obs_dim + self.latent_dim, hidden_size, action_dim)
 
+    @property
+    def own_latents(self):
+        """Of the latent's entries; two for each of the agent's own actions."""
+        return None if self.own is None else self.own.repeat(1, 1, 2)
+
+    def decode(self, obs, z):
+        """(G, batch, action_dim)"""
+        z = keep_own(z, self.own_latents)
+        return keep_own(torch.tanh(self.decoder(torch.cat([obs, z], dim=2))), self.own)
+
     def forward(self, obs, actions):
         """Reconstructed actions (G, batch, action_dim), mean and log-std of the latent (G, batch,
         latent_dim)."""
         mean, log_std = self.encoder(torch.cat([obs, actions], dim=2)).chunk(2, dim=2)
         log_std = log_std.clamp(-4, 15)
         z = mean + log_std.exp() * torch.randn_like(mean)
-        return torch.tanh(self.decoder(torch.cat([obs, z], dim=2))), mean, log_std
+        return self.decode(obs, z), mean, log_std
 
     def sample(self, obs):
         """Actions (G, batch, action_dim) near the data's: the latent is clipped to [-0.5, 0.5]."""
         z = torch.randn(*obs.shape[:2], self.latent_dim, device=obs.device).clamp(-0.5, 0.5)
-        return torch.tanh(self.decoder(torch.cat([obs, z], dim=2)))
+        return self.decode(obs, z)
 
 
 # --- Learner ---
@@ -143,7 +164,7 @@ class BCQ(Learner):
     """G independent BCQ learners; losses are averaged over the batch and summed over G."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, args: Args):
-        super().__init__(obs_dim)
+        super().__init__(G, obs_dim)
         self.args = args
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         self.vae = ActionVAE(*sizes)
@@ -168,8 +189,8 @@ class BCQ(Learner):
 
         # Generative model: reconstruct the data's actions.
         decoded, mean, log_std = self.vae(obs, actions)
-        reconstruction_loss = (decoded - actions).square().mean((1, 2))
-        kl_loss = kl_divergence(mean, log_std)
+        reconstruction_loss = mean_over_own((decoded - actions).square(), self.own)
+        kl_loss = kl_divergence(mean, log_std, self.vae.own_latents)
         step(self.vae_optimizer, reconstruction_loss + 0.5 * kl_loss)
 
         # Critics: y = r + gamma * max over decoded actions of the soft minimum of the target

@@ -30,7 +30,7 @@ from common import InputError, cli, embedding, sampler, strategies
 from common.cli import Natural, OnlineArgs, Positive, Share
 from common.embedding import Distance
 from common.loop import Training
-from common.nets import Learner, adam, follow, mlp, step
+from common.nets import Actor, Learner, adam, follow, keep_own, mean_over_own, mlp, step
 from common.replay import Replay
 from common.strategies import Strategy
 
@@ -142,30 +142,34 @@ class DynamicsEnsemble(nn.Module):
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int, num_models: int):
         super().__init__()
-        self.num_models = num_models
+        self.num_models, self.own_obs = num_models, None
         self.network = mlp(G * num_models, obs_dim + action_dim, hidden_size, obs_dim + 2)
         # Scales of the offline data, kept with the weights and applied to online data unchanged
         for name in ("obs_mean", "delta_mean"):
-            self.register_buffer(name, torch.zeros(obs_dim))
+            self.register_buffer(name, torch.zeros(G, 1, obs_dim))
         for name in ("obs_std", "delta_std"):
-            self.register_buffer(name, torch.ones(obs_dim))
+            self.register_buffer(name, torch.ones(G, 1, obs_dim))
         self.register_buffer("reward_mean", torch.zeros(()))
         self.register_buffer("reward_std", torch.ones(()))
         # Bounding box of the data, which imagined states do not leave
-        self.register_buffer("obs_low", torch.full((obs_dim,), -torch.inf))
-        self.register_buffer("obs_high", torch.full((obs_dim,), torch.inf))
+        self.register_buffer("obs_low", torch.full((G, 1, obs_dim), -torch.inf))
+        self.register_buffer("obs_high", torch.full((G, 1, obs_dim), torch.inf))
 
     def measure_scales(self, replay: Replay) -> None:
-        """Take the scales and the bounding box of the offline data."""
-        obs, next_obs = (
-            x[:, : replay.num_offline].flatten(0, 1) for x in (replay.obs, replay.next_obs)
-        )
-        delta, rewards = next_obs - obs, replay.rewards[0, : replay.num_offline]
-        for name, data in (("obs", obs), ("delta", delta), ("reward", rewards)):
-            getattr(self, f"{name}_mean").copy_(data.mean(0))
-            getattr(self, f"{name}_std").copy_(data.std(0) + 1e-3)
-        self.obs_low.copy_(torch.minimum(obs.amin(0), next_obs.amin(0)))
-        self.obs_high.copy_(torch.maximum(obs.amax(0), next_obs.amax(0)))
+        """Take the scales and the bounding box of each agent's offline data."""
+        self.own_obs = replay.own_obs
+        rewards = replay.rewards[0, : replay.num_offline]
+        for name, (mean, std) in (
+            ("obs", replay.obs_statistics()),
+            ("delta", replay.change_statistics()),
+            ("reward", (rewards.mean(), rewards.std(correction=0))),
+        ):
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_std").copy_(std + 1e-3)
+        obs, next_obs = (x[:, : replay.num_offline] for x in (replay.obs, replay.next_obs))
+        low, high = torch.minimum(obs, next_obs), torch.maximum(obs, next_obs)
+        self.obs_low.copy_(replay.per_group(low.amin(1, keepdim=True)))
+        self.obs_high.copy_(replay.per_group(high.amax(1, keepdim=True)))
 
     def scaled(self, obs: torch.Tensor) -> torch.Tensor:
         """Observations as every network sees them."""
@@ -184,7 +188,7 @@ class DynamicsEnsemble(nn.Module):
         output_delta, output_reward, logit = output[..., :-2], output[..., -2], output[..., -1]
         terminations = batch["terminations"].unsqueeze(1).expand_as(logit)
         return (
-            (output_delta - delta.unsqueeze(1)).square().mean((2, 3)),
+            mean_over_own((output_delta - delta.unsqueeze(1)).square(), self.own_obs),
             (output_reward - rewards.unsqueeze(1)).square().mean(2),
             F.binary_cross_entropy_with_logits(logit, terminations, reduction="none").mean(2),
         )
@@ -209,7 +213,7 @@ class DynamicsEnsemble(nn.Module):
         )
 
 
-class GaussianActor(nn.Module):
+class GaussianActor(Actor):
     """pi(a_i | s): a Gaussian with a tanh mean and a learned log-std per action dimension.
 
     It is not squashed: what leaves the action box is clamped where it is used.
@@ -227,9 +231,13 @@ class GaussianActor(nn.Module):
         """(G, 1, action_dim) in (-5, 0); a sigmoid, as a clamp would lose its gradient outside."""
         return 5 * torch.sigmoid(self.raw_log_std) - 5
 
+    def sample(self, mean, log_std):
+        """Actions around means, (G, batch, action_dim)."""
+        return mean + keep_own(log_std.exp() * torch.randn_like(mean), self.own)
+
     def forward(self, obs):
         """Mean (G, batch, action_dim) and log-std (G, 1, action_dim)."""
-        return torch.tanh(self.network(obs)), self.log_std
+        return keep_own(torch.tanh(self.network(obs)), self.own), self.log_std
 
 
 class ValueNetwork(nn.Module):
@@ -257,7 +265,7 @@ class BREMEN(Learner):
     """G independent BREMEN learners; losses are averaged over the batch and summed over G."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, args: Args):
-        super().__init__(obs_dim)
+        super().__init__(G, obs_dim)
         self.args = args
         self.model = DynamicsEnsemble(G, obs_dim, action_dim, args.hidden_size, args.num_models)
         self.actor = GaussianActor(G, obs_dim, action_dim, args.hidden_size, args.policy_std)
@@ -288,7 +296,7 @@ class BREMEN(Learner):
         for name, value in measured.items():
             getattr(self, name).copy_(value.detach())
         losses = {f"losses/{name}": getattr(self, name) for name in self.latest}
-        policy_std = self.actor.log_std.detach().exp().mean((1, 2))
+        policy_std = mean_over_own(self.actor.log_std.detach().exp(), self.own)
         return losses | {"losses/policy_std": policy_std}
 
     def update(self, batch: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
@@ -308,7 +316,7 @@ class BREMEN(Learner):
         if kind == "clone":
             obs, next_obs = self.model.scaled(batch["obs"]), self.model.scaled(batch["next_obs"])
             mean, _ = self.actor(obs)
-            clone_loss = (mean - batch["actions"]).square().mean((1, 2))
+            clone_loss = mean_over_own((mean - batch["actions"]).square(), self.own)
             step(self.clone_optimizer, clone_loss)
 
             # The value of the policy that made the data, by TD(0)
@@ -370,7 +378,7 @@ class BREMEN(Learner):
         for _ in range(args.rollout_length):
             all_obs.append(self.model.scaled(obs))
             mean, log_std = self.actor(all_obs[-1])
-            actions = mean + log_std.exp() * torch.randn_like(mean)
+            actions = self.actor.sample(mean, log_std)
             members = torch.randint(args.num_models, (len(obs),), device=obs.device)
             obs, rewards, p_end = self.model.predict(obs, actions.clamp(-1, 1), members)
             ends = (
@@ -388,26 +396,26 @@ class BREMEN(Learner):
         theta = flat_parameters(self.actor).requires_grad_()  # (G, P)
         with torch.no_grad():
             old_mean, old_log_std = self.actor(obs)
-            old_log_prob = log_prob(old_mean, old_log_std, actions)
+            old_log_prob = log_prob(old_mean, old_log_std, actions, self.own)
 
         def policy(theta, obs):
             return torch.func.functional_call(self.actor, shaped_like(self.actor, theta), obs)
 
         def surrogate(mean, log_std):
-            ratio = (log_prob(mean, log_std, actions) - old_log_prob).exp()
+            ratio = (log_prob(mean, log_std, actions, self.own) - old_log_prob).exp()
             return (weights * ratio * advantages).sum(1)
 
         @torch.no_grad()
         def evaluate(theta):
             mean, log_std = policy(theta, obs)
-            kl = (weights * kl_between(old_mean, old_log_std, mean, log_std)).sum(1)
+            kl = (weights * kl_between(old_mean, old_log_std, mean, log_std, self.own)).sum(1)
             return surrogate(mean, log_std), kl
 
         (gradient,) = torch.autograd.grad(surrogate(*policy(theta, obs)).sum(), theta)
         # The Fisher matrix needs fewer rows than the gradient (Schulman et al.'s appendix C).
         some = weights[:, ::FISHER_EVERY] / weights[:, ::FISHER_EVERY].sum(1, keepdim=True)
         new = policy(theta, obs[:, ::FISHER_EVERY])
-        kl = (some * kl_between(*(x.detach() for x in new), *new)).sum()
+        kl = (some * kl_between(*(x.detach() for x in new), *new, self.own)).sum()
         (kl_gradient,) = torch.autograd.grad(kl, theta, create_graph=True)
 
         def fisher_vector_product(vector):
@@ -443,7 +451,7 @@ class BREMEN(Learner):
     def explore(self, obs: torch.Tensor) -> torch.Tensor:
         """A sample of the policy; shapes as of `act`."""
         mean, log_std = self.actor(self.model.scaled(obs))
-        return (mean + log_std.exp() * torch.randn_like(mean)).clamp(-1, 1)
+        return self.actor.sample(mean, log_std).clamp(-1, 1)
 
     @torch.no_grad()
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -482,16 +490,17 @@ def shaped_like(module: nn.Module, flat: torch.Tensor) -> dict[str, torch.Tensor
     return {n: piece.view_as(p) for (n, p), piece in zip(named.items(), pieces, strict=True)}
 
 
-def log_prob(mean: torch.Tensor, log_std: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """Log-density of a Gaussian, without its constant: (G, n)."""
-    return -(0.5 * ((actions - mean) / log_std.exp()).square() + log_std).sum(2)
+def log_prob(mean, log_std, actions, own=None) -> torch.Tensor:
+    """Log-density of a Gaussian, without its constant, of the actions' own entries: (G, n)."""
+    log_density = -(0.5 * ((actions - mean) / log_std.exp()).square() + log_std)
+    return keep_own(log_density, own).sum(2)
 
 
-def kl_between(old_mean, old_log_std, mean, log_std) -> torch.Tensor:
-    """KL(old || new) of two Gaussians, (G, n)."""
+def kl_between(old_mean, old_log_std, mean, log_std, own=None) -> torch.Tensor:
+    """KL(old || new) of two Gaussians, of the actions' own entries: (G, n)."""
     old_var, var = (2 * old_log_std).exp(), (2 * log_std).exp()
     distance = (old_var + (old_mean - mean).square()) / (2 * var)
-    return (log_std - old_log_std + distance - 0.5).sum(2)
+    return keep_own(log_std - old_log_std + distance - 0.5, own).sum(2)
 
 
 def generalized_advantages(rewards, values, ends, gamma: float, gae_lambda: float) -> torch.Tensor:

@@ -29,7 +29,7 @@ from common import cli, embedding, sampler, strategies
 from common.cli import Natural, OnlineArgs, Share
 from common.embedding import Distance
 from common.loop import Training
-from common.nets import Critic, Learner, adam, follow, mlp, step
+from common.nets import Actor, Critic, Learner, adam, count_own, follow, keep_own, mlp, step
 from common.replay import Replay
 from common.strategies import Strategy
 
@@ -105,7 +105,7 @@ class Args(OnlineArgs):
 # Every tensor starts with the group dimension G: g = seed_index * num_agents + agent.
 
 
-class SquashedGaussianActor(nn.Module):
+class SquashedGaussianActor(Actor):
     """pi(a_i | s): the tanh of a Gaussian, as in SAC."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
@@ -125,7 +125,8 @@ class SquashedGaussianActor(nn.Module):
         log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
         # log(1 - tanh(x)^2), without the difference of nearly equal numbers
         log_slope = 2 * (math.log(2) - before - F.softplus(-2 * before))
-        return torch.tanh(before), (log_normal - log_slope).sum(3)
+        log_density = keep_own(log_normal - log_slope, self.own).sum(3)
+        return keep_own(torch.tanh(before), self.own), log_density
 
 
 # --- Learner ---
@@ -135,8 +136,8 @@ class CQL(Learner):
     """G independent CQL learners; losses are averaged over the batch and summed over G."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, args: Args):
-        super().__init__(obs_dim)
-        self.args, self.action_dim = args, action_dim
+        super().__init__(G, obs_dim)
+        self.args = args
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         self.actor = SquashedGaussianActor(*sizes)
         self.qf1, self.qf2 = Critic(*sizes), Critic(*sizes)
@@ -194,7 +195,10 @@ class CQL(Learner):
 
         # Temperature: towards an entropy of -dim(A).
         entropy = -log_prob.detach().mean(1)
-        step(self.temperature_optimizer, self.log_temperature * (entropy + self.action_dim))
+        step(
+            self.temperature_optimizer,
+            self.log_temperature * (entropy + count_own(actions, self.own)),
+        )
 
         follow(self.target, self.live, args.tau)
         return {
@@ -219,9 +223,10 @@ class CQL(Learner):
         with torch.no_grad():
             at_obs, log_prob = self.actor.sample(obs, num)
             at_next_obs, next_log_prob = self.actor.sample(next_obs, num)
-            uniform = 2 * torch.rand_like(at_obs) - 1
-            log_uniform = torch.full_like(log_prob, -self.action_dim * math.log(2))
+            uniform = keep_own(2 * torch.rand_like(at_obs) - 1, self.own)
+            log_uniform = (-math.log(2) * count_own(uniform, self.own)).view(-1, 1, 1)
             sampled = torch.cat([uniform, at_obs, at_next_obs], dim=2).flatten(1, 2)
+            log_uniform = log_uniform.expand_as(log_prob)
             log_density = torch.cat([log_uniform, log_prob, next_log_prob], dim=2)
             repeated = obs.repeat_interleave(3 * num, dim=1)  # s for all three kinds
             rows = repeated.shape[1] if obs.is_cuda else 480  # at a time: what a CPU's cache holds
@@ -236,7 +241,7 @@ class CQL(Learner):
     @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """The tanh of the policy's mean: (G, E, obs_dim) -> (G, E, action_dim)."""
-        return torch.tanh(self.actor(self.scaled(obs))[0])
+        return keep_own(torch.tanh(self.actor(self.scaled(obs))[0]), self.own)
 
     @torch.no_grad()
     def explore(self, obs: torch.Tensor) -> torch.Tensor:

@@ -120,7 +120,7 @@ class DiscreteCQL(Learner):
     """G independent learners; losses are averaged over the batch and summed over G."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, args: Args):
-        super().__init__(obs_dim)
+        super().__init__(G, obs_dim)
         self.args, self.action_dim = args, action_dim
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         self.qf1, self.qf2 = ActionValues(*sizes), ActionValues(*sizes)

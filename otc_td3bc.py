@@ -25,7 +25,7 @@ from common import cli, embedding, sampler, strategies
 from common.cli import Natural, OnlineArgs, Share
 from common.embedding import Distance
 from common.loop import Training
-from common.nets import Critic, Learner, adam, follow, mlp, step
+from common.nets import Actor, Critic, Learner, adam, follow, keep_own, mean_over_own, mlp, step
 from common.replay import Replay
 from common.strategies import Strategy
 
@@ -101,7 +101,7 @@ class Args(OnlineArgs):
 # Every tensor starts with the group dimension G: g = seed_index * num_agents + agent.
 
 
-class DeterministicActor(nn.Module):
+class DeterministicActor(Actor):
     """pi(s) in the action box [-1, 1]."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
@@ -110,7 +110,7 @@ class DeterministicActor(nn.Module):
 
     def forward(self, obs):
         """(G, batch, action_dim)"""
-        return torch.tanh(self.network(obs))
+        return keep_own(torch.tanh(self.network(obs)), self.own)
 
 
 # --- Learner ---
@@ -120,7 +120,7 @@ class TD3BC(Learner):
     """G independent TD3+BC learners; losses are averaged over the batch and summed over G."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, args: Args):
-        super().__init__(obs_dim)
+        super().__init__(G, obs_dim)
         self.args = args
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         self.actor, self.target_actor = DeterministicActor(*sizes), DeterministicActor(*sizes)
@@ -151,7 +151,7 @@ class TD3BC(Learner):
             noise = (args.policy_noise * torch.randn_like(actions)).clamp(
                 -args.noise_clip, args.noise_clip
             )
-            next_actions = (self.target_actor(next_obs) + noise).clamp(-1, 1)
+            next_actions = (self.target_actor(next_obs) + keep_own(noise, self.own)).clamp(-1, 1)
             next_q1 = self.target_qf1(next_obs, next_actions)
             next_q2 = self.target_qf2(next_obs, next_actions)
             next_q = torch.minimum(next_q1, next_q2)
@@ -165,7 +165,7 @@ class TD3BC(Learner):
             policy_actions = self.actor(obs)
             q = self.qf1(obs, policy_actions)  # (G, batch)
             weight = args.bc_alpha / q.detach().abs().mean(1)  # TD3+BC's lambda, (G,)
-            bc_loss = (policy_actions - actions).square().mean((1, 2))
+            bc_loss = mean_over_own((policy_actions - actions).square(), self.own)
             actor_loss = -weight * q.mean(1) + bc_loss
             step(self.actor_optimizer, actor_loss)
             follow(self.target, self.live, args.tau)
@@ -193,7 +193,7 @@ class TD3BC(Learner):
         """The policy's action with Gaussian noise; shapes as of `act`."""
         actions = self.act(obs)
         noise = self.args.exploration_noise * torch.randn_like(actions)
-        return (actions + noise).clamp(-1, 1)
+        return (actions + keep_own(noise, self.own)).clamp(-1, 1)
 
     @torch.no_grad()
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from common import sampler
-from common.nets import adam, kl_divergence, mlp, restore, step
+from common.nets import adam, kl_divergence, mean_over_own, mlp, restore, step
 from common.replay import Replay
 
 Distance = Literal["embedding", "value", "two-stage", "raw", "residual"]
@@ -94,7 +94,8 @@ class Embedding(Space):
         z = mean + log_std.exp() * torch.randn_like(mean)
         obs, next_obs = self.scaled(obs), self.scaled(next_obs)
         decoded = torch.tanh(self.decoder(torch.cat([obs, next_obs, z], dim=2)))
-        return (decoded - actions).square().mean((1, 2)), kl_divergence(mean, log_std)
+        error = mean_over_own((decoded - actions).square(), self.replay.own_actions)
+        return error, kl_divergence(mean, log_std)
 
     def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One update on a batch of offline data; losses (G,)."""
@@ -119,9 +120,8 @@ class Raw(Space):
         super().__init__(replay, args)
         self.action_dim = replay.actions.shape[2]
         self.pair_dim = replay.obs.shape[2] + self.action_dim
-        offline = replay.actions[:, : replay.num_offline].std(1, keepdim=True)  # (N, 1, action_dim)
-        scale = offline.clamp(min=1e-3).repeat(replay.num_seeds, 1, 1)
-        self.register_buffer("action_scale", scale)
+        std = replay.actions[:, : replay.num_offline].std(1, correction=0, keepdim=True)
+        self.register_buffer("action_scale", replay.per_group(std.clamp(min=1e-3)))
 
     def pair(self, obs, actions) -> torch.Tensor:
         """Scaled (s, a_i): (G, n, pair_dim)."""
@@ -151,6 +151,13 @@ class TwoStage(Raw):
         self.decoders = nn.ModuleList(mlp(G, latent_dim, size, dim) for dim in input_dims)
         self.optimizer = adam(self.parameters(), args.embedding_learning_rate)
         self.pair_dim = latent_dim  # of what is compared
+        self.own = None, None  # of the inputs' entries
+        if replay.own_obs is not None or replay.own_actions is not None:
+            own = replay.own_obs, replay.own_actions
+            sizes = replay.obs.shape[2], self.action_dim
+            ones = (torch.ones(G, 1, size, device=replay.device) for size in sizes)
+            obs, actions = (one if x is None else x for x, one in zip(own, ones, strict=True))
+            self.own = torch.cat([obs, actions], dim=2), obs
 
     def place(self, obs, actions, next_obs):
         inputs = self.pair(obs, actions), self.scaled(next_obs)
@@ -161,10 +168,11 @@ class TwoStage(Raw):
         """One update of both on a batch of offline data; losses (G,), sums of both."""
         errors, kls = [], []
         inputs = self.pair(batch["obs"], batch["actions"]), self.scaled(batch["next_obs"])
-        for encoder, decoder, x in zip(self.encoders, self.decoders, inputs, strict=True):
+        networks = zip(self.encoders, self.decoders, strict=True)
+        for (encoder, decoder), x, own in zip(networks, inputs, self.own, strict=True):
             mean, log_std = gaussian(encoder, x)
             z = mean + log_std.exp() * torch.randn_like(mean)
-            errors.append((decoder(z) - x).square().mean((1, 2)))
+            errors.append(mean_over_own((decoder(z) - x).square(), own))
             kls.append(kl_divergence(mean, log_std))
         step(self.optimizer, sum(errors) + self.args.embedding_kl_weight * sum(kls))
         return {
@@ -180,9 +188,8 @@ class Residual(Raw):
 
     def __init__(self, replay: Replay, args):
         super().__init__(replay, args)
-        G, obs_dim, offline = replay.num_groups, replay.obs.shape[2], slice(replay.num_offline)
-        change = (replay.next_obs[:, offline] - replay.obs[:, offline]).flatten(0, 1).std(0)
-        self.register_buffer("change_std", change.clamp(min=1e-6))
+        G, obs_dim = replay.num_groups, replay.obs.shape[2]
+        self.register_buffer("change_std", replay.change_statistics()[1].clamp(min=1e-3))
         self.model = mlp(G, self.pair_dim, args.hidden_size, obs_dim)
         self.optimizer = adam(self.parameters(), args.embedding_learning_rate)
         self.pair_dim = obs_dim  # of what is matched
@@ -196,7 +203,8 @@ class Residual(Raw):
 
     def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One update of the model on a batch of offline data; losses (G,)."""
-        error = self.residual(*(batch[name] for name in COLUMNS)).square().mean((1, 2))
+        error = self.residual(*(batch[name] for name in COLUMNS)).square()
+        error = mean_over_own(error, self.replay.own_obs)
         step(self.optimizer, error)
         return {"losses/embedding_reconstruction": error.detach()}
 

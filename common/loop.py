@@ -55,6 +55,7 @@ class Training:
         """Where the checkpoint says, or afresh; makes the run's folder."""
         strategy = strategy or Strategy(self.replay, self.args)
         self.agent, self.strategy, checkpoint = agent, strategy, self.checkpoint
+        agent.take_own(self.replay)
         if checkpoint is not None:
             resumes = self.args.resume is not None
             agent.load_state_dict(checkpoint["agent"])

@@ -51,10 +51,39 @@ class Critic(nn.Module):
         return self.network(torch.cat([obs, actions], dim=2)).squeeze(2)
 
 
-def kl_divergence(mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """KL of N(mean, std) from N(0, 1), averaged over batch and latent dimensions: (G, batch,
-    latent) -> (G,)."""
-    return -0.5 * (1 + 2 * log_std - mean.square() - (2 * log_std).exp()).mean((1, 2))
+def kl_divergence(mean: torch.Tensor, log_std: torch.Tensor, own=None) -> torch.Tensor:
+    """KL of N(mean, std) from N(0, 1), averaged over batch and latent dimensions, or those of
+    `own`: (G, batch, latent) -> (G,)."""
+    return mean_over_own(-0.5 * (1 + 2 * log_std - mean.square() - (2 * log_std).exp()), own)
+
+
+# --- Agents of different sizes ---
+# `own` (G, 1, size) is 1 where an entry is the agent's own and 0 where it pads a smaller one, which
+# nothing may count; None where no agent is padded.
+
+
+def keep_own(x: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+    """(G, ..., size) with 0 in the padding."""
+    return x if own is None else x * own.view(len(own), *[1] * (x.dim() - 2), -1)
+
+
+def mean_over_own(x: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+    """Mean over batch and own entries: (G, ..., batch, size) -> (G, ...)."""
+    if own is None:
+        return x.mean((-2, -1))
+    total = keep_own(x, own).sum((-2, -1)) / x.shape[-2]
+    return total / count_own(x, own).view(-1, *[1] * (x.dim() - 3))
+
+
+def count_own(x: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+    """Number of own entries of (G, ..., size): (G,)."""
+    return x.new_full((len(x),), x.shape[-1]) if own is None else own.sum((1, 2))
+
+
+class Actor(nn.Module):
+    """A network that gives actions; `Learner.take_own` says which of their entries count."""
+
+    own = None
 
 
 class Learner(nn.Module):
@@ -68,14 +97,23 @@ class Learner(nn.Module):
       which is handed to the update as its argument.
     """
 
-    def __init__(self, obs_dim: int):
+    own = None  # of the actions' entries
+
+    def __init__(self, G: int, obs_dim: int):
         super().__init__()
         # Scales of the offline observations, kept with the weights, applied to online ones as well
-        self.register_buffer("obs_mean", torch.zeros(obs_dim))
-        self.register_buffer("obs_std", torch.ones(obs_dim))
+        self.register_buffer("obs_mean", torch.zeros(G, 1, obs_dim))
+        self.register_buffer("obs_std", torch.ones(G, 1, obs_dim))
+
+    def take_own(self, replay) -> None:
+        """Learn which entries of the actions are the agents' own."""
+        self.own = replay.own_actions
+        for module in self.modules():
+            if isinstance(module, Actor):
+                module.own = self.own
 
     def measure_scales(self, replay) -> None:
-        """Take the mean and standard deviation of the offline observations."""
+        """Take the mean and standard deviation of each agent's offline observations."""
         obs_mean, obs_std = replay.obs_statistics()
         self.obs_mean.copy_(obs_mean)
         self.obs_std.copy_(obs_std + 1e-3)

@@ -72,6 +72,13 @@ class Replay:
             rows = torch.arange(self.num_rows, device=self.device)
             self.stand_ins = rows.repeat(self.num_agents, 1)
         self.replace_dead(0, self.num_offline)
+        # Which entries are the agents' own, (G, 1, size); None where none is padded
+        self.own_obs, self.own_actions = (
+            None
+            if own is None
+            else self.per_group(torch.as_tensor(own[:, None]).float()).to(device)
+            for own in (dataset.own_obs, dataset.own_actions)
+        )
         # The agent that explored, -1: none did; on the host, as no update needs it
         self.explorer = torch.full((num_seeds, self.capacity), -1, dtype=torch.int8)
 
@@ -176,13 +183,26 @@ class Replay:
         return self.num_offline + self.num_online - self.deployment_steps
 
     def obs_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the offline observations, (obs_dim,) each."""
-        offline = self.obs[:, : self.num_offline].flatten(0, 1)
-        return offline.mean(0), offline.std(0)
+        """Mean and standard deviation of each agent's offline observations, (G, 1, obs_dim)
+        each."""
+        return self._statistics(self.obs[:, : self.num_offline])
+
+    def change_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Those of the change s' - s."""
+        offline = slice(self.num_offline)
+        return self._statistics(self.next_obs[:, offline] - self.obs[:, offline])
+
+    def _statistics(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, std = values.mean(1, keepdim=True), values.std(1, correction=0, keepdim=True)
+        return self.per_group(mean), self.per_group(std)
+
+    def per_group(self, viewed: torch.Tensor) -> torch.Tensor:
+        """What belongs to each viewer, (1 or N, ...), for every group: (G, ...)."""
+        return viewed.repeat(self.num_groups // len(viewed), *[1] * (viewed.dim() - 1))
 
     def reward_std(self) -> torch.Tensor:
         """Standard deviation of the offline rewards, ()."""
-        return self.rewards[:, : self.num_offline].std()
+        return self.rewards[:, : self.num_offline].std(correction=0)
 
     def is_online(self, index: torch.Tensor) -> torch.Tensor:
         """Whether each index (G, n) is an online transition."""

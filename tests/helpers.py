@@ -71,15 +71,16 @@ def plain_mlp(network, x, g):
 
 
 def set_scales(agent):
-    """Observations in units of their own."""
+    """Observations in units of their own, which differ by group."""
     with torch.no_grad():
-        agent.obs_mean += torch.randn(OBS_DIM)
-        agent.obs_std += torch.rand(OBS_DIM)
+        agent.obs_mean += torch.randn_like(agent.obs_mean)
+        agent.obs_std += torch.rand_like(agent.obs_std)
 
 
-def scaled(agent, obs):
-    """Observations as the learner's networks see them, in float64."""
-    return (obs - agent.obs_mean.double().numpy()) / agent.obs_std.double().numpy()
+def scaled(agent, obs, g):
+    """An observation as group g's networks see it, in float64."""
+    mean, std = (x[g, 0].double().numpy() for x in (agent.obs_mean, agent.obs_std))
+    return (obs - mean) / std
 
 
 def central_difference(parameters, direction, loss, size=1e-6):

@@ -41,7 +41,7 @@ def losses_by_hand(agent, batch, sampled, g, constants=None):
     """Group g's losses in float64, row by row; `sampled` are the policy's actions. `constants`
     holds targets and weights, which take no gradient, as they were found before."""
     args, data = agent.args, {key: value[g].double().numpy() for key, value in batch.items()}
-    mean, std = (b.double().numpy() for b in (agent.obs_mean, agent.obs_std))
+    mean, std = (b[g].double().numpy() for b in (agent.obs_mean, agent.obs_std))
     size = len(data["rewards"])
     s, s2 = ((data[key] - mean) / std for key in ("obs", "next_obs"))
 

@@ -102,7 +102,7 @@ def test_the_sampler_equals_a_loop_over_states(monkeypatch, refit):
 def losses_by_hand(agent, batch, uniform, noise, best, g):
     """Group g's losses in float64, state by state; `noise` of the penalised policy actions."""
     args, data = agent.args, {key: value[g].double().numpy() for key, value in batch.items()}
-    mean, std = (b.double().numpy() for b in (agent.obs_mean, agent.obs_std))
+    mean, std = (b[g, 0].double().numpy() for b in (agent.obs_mean, agent.obs_std))
 
     def policy(actor, s):
         return np.tanh(plain_mlp(actor.network, s, g))

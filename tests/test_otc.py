@@ -81,15 +81,15 @@ def test_transition_distance_equals_its_definition(distance, value_mean):
 def spaces_by_hand(space, distance, replay, batch, g):
     """e(s, a_i) and e(s') of a batch's transitions of group g, from their definitions."""
     offline = replay.obs[:, :600].flatten(0, 1)
-    mean, std = offline.mean(0), offline.std(0)
+    mean, std = offline.mean(0), offline.std(0, correction=0)
     s, s_next = ((batch[name][g] - mean) / std for name in ("obs", "next_obs"))
-    a = batch["actions"][g] / replay.actions[g % 2, :600].std(0)
+    a = batch["actions"][g] / replay.actions[g % 2, :600].std(0, correction=0)
     pair = torch.cat([s, a], dim=1)
     if distance == "raw":
         return pair, s_next
     if distance == "residual":
         change = batch["next_obs"][g] - batch["obs"][g]
-        scale = (replay.next_obs - replay.obs)[:, :600].flatten(0, 1).std(0)
+        scale = (replay.next_obs - replay.obs)[:, :600].flatten(0, 1).std(0, correction=0)
         expected = torch.as_tensor(plain_mlp(space.model, pair.numpy(), g)).float()
         return s, change / scale - expected
     found = []

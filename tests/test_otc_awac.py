@@ -100,7 +100,7 @@ def test_value_is_the_mean_of_the_smaller_critic_over_sampled_actions(monkeypatc
     std = math.exp(-6 / (1 + math.exp(1.5)))
     for g in range(2):
         for b in range(4):
-            s, values = scaled(agent, obs[g, b].double().numpy()), []
+            s, values = scaled(agent, obs[g, b].double().numpy(), g), []
             mean = np.tanh(plain_mlp(agent.actor.network, s, g))
             assert agent.act(obs)[g, b].tolist() == pytest.approx(mean, abs=1e-5)
             for c in range(3):
@@ -120,7 +120,7 @@ def losses_by_hand(agent, batch, noise, g, weights=None):
     std = np.exp(-6 / (1 + np.exp(-agent.actor.raw_log_std[g, 0].detach().double().numpy())))
     q1_loss, q2_loss, actor_loss, found_weights = [], [], [], []
     for b in range(len(data["rewards"])):
-        s, s2 = (scaled(agent, data[key][b]) for key in ("obs", "next_obs"))
+        s, s2 = (scaled(agent, data[key][b], g) for key in ("obs", "next_obs"))
         a = data["actions"][b]
 
         def mean(s):

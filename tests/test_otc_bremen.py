@@ -279,9 +279,15 @@ def measured_agent(G=2, args=None):
     return agent, replay
 
 
+def plain_scales(agent, g):
+    """Group g's scales and box, in numpy."""
+    each = agent.model.named_buffers()
+    return {n: (x[g, 0] if x.dim() else x).double().numpy() for n, x in each}
+
+
 def plain_prediction(agent, g, m, obs, action):
     """What member m of group g says of one state and action, in numpy."""
-    s = {name: value.double().numpy() for name, value in agent.model.named_buffers()}
+    s = plain_scales(agent, g)
     x = np.concatenate([(obs - s["obs_mean"]) / s["obs_std"], action])
     out = plain_mlp(agent.model.network, x, g * agent.model.num_models + m)
     next_obs = obs + s["delta_mean"] + s["delta_std"] * out[:-2]
@@ -296,9 +302,8 @@ def test_model_losses_equal_a_loop():
     batch = replay.gather(index)
     found = agent.model.loss(batch)
     data = {key: value.double().numpy() for key, value in batch.items()}
-    s = {name: value.double().numpy() for name, value in agent.model.named_buffers()}
     for g, m in np.ndindex(2, 3):
-        rows = []
+        rows, s = [], plain_scales(agent, g)
         for b in range(6):
             obs, end = data["obs"][g, b], data["terminations"][g, b]
             _, _, p, out = plain_prediction(agent, g, m, obs, data["actions"][g, b])
@@ -316,11 +321,12 @@ def test_scales_are_those_of_the_offline_data_and_stay():
     obs, next_obs = team.obs[:, 0].astype(float), team.next_obs[:, 0].astype(float)
     names = ("obs", "delta", "reward")
     for name, data in zip(names, (obs, next_obs - obs, team.rewards.astype(float)), strict=True):
-        mean, std = (getattr(agent.model, f"{name}_{kind}") for kind in ("mean", "std"))
-        np.testing.assert_allclose(mean, data.mean(0), rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(std, data.std(0, ddof=1) + 1e-3, rtol=1e-4)
-    np.testing.assert_allclose(agent.model.obs_low, np.minimum(obs, next_obs).min(0), rtol=1e-6)
-    np.testing.assert_allclose(agent.model.obs_high, np.maximum(obs, next_obs).max(0), rtol=1e-6)
+        for s in (plain_scales(agent, g) for g in range(2)):
+            np.testing.assert_allclose(s[f"{name}_mean"], data.mean(0), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(s[f"{name}_std"], data.std(0) + 1e-3, rtol=1e-4)
+    low, high = np.minimum(obs, next_obs).min(0), np.maximum(obs, next_obs).max(0)
+    np.testing.assert_allclose(s["obs_low"], low, rtol=1e-6)
+    np.testing.assert_allclose(s["obs_high"], high, rtol=1e-6)
 
     before = {k: v.clone() for k, v in agent.model.named_buffers()}
     add_deployment(replay)
@@ -355,9 +361,9 @@ def test_rollouts_follow_exactly_the_drawn_members(monkeypatch):
     obs, actions, rewards, ends, valid = agent.imagine(start)
     assert obs.shape == (2, 5, 10, OBS_DIM) and actions.shape == (2, 4, 10, ACTION_DIM)
     assert actions.abs().max() > 1
-    scale = {name: value.double().numpy() for name, value in agent.model.named_buffers()}
     members = [[0, 2], [0, 1], [2, 1], [0, 2]]
     for g, r in np.ndindex(2, 10):
+        scale = plain_scales(agent, g)
         state, alive = start[g, r].double().numpy(), 1.0
         for t in range(4):
             scaled = (state - scale["obs_mean"]) / scale["obs_std"]
@@ -416,12 +422,12 @@ def test_cloning_losses_equal_brute_force_and_the_target_gets_no_gradient():
     batch = random_batch(2, size=4)
     losses = agent.update(batch, "clone")
     data = {key: value.double().numpy() for key, value in batch.items()}
-    s = {name: value.double().numpy() for name, value in agent.model.named_buffers()}
+    s = plain_scales(agent, 0)
     mean, scale = before.vf.mean.item(), before.vf.scale.item()
     assert mean == pytest.approx(100 * s["reward_mean"], rel=1e-4)
     assert scale == pytest.approx(100 * s["reward_std"], rel=1e-4)
     for g in range(2):
-        clone, value = [], []
+        clone, value, s = [], [], plain_scales(agent, g)
         for b in range(4):
             obs, next_obs = (
                 (data[k][g, b] - s["obs_mean"]) / s["obs_std"] for k in ("obs", "next_obs")

@@ -94,7 +94,7 @@ def test_acting_is_the_mean_and_value_the_mean_of_the_smaller_critic(monkeypatch
     found, acted = agent.value(obs), agent.act(obs)
     for g in range(2):
         for b in range(4):
-            s = scaled(agent, obs[g, b].double().numpy())
+            s = scaled(agent, obs[g, b].double().numpy(), g)
             mean, log_std = np.split(plain_mlp(agent.actor.network, s, g), 2)
             np.testing.assert_allclose(acted[g, b].numpy(), np.tanh(mean), atol=1e-5)
             values = []
@@ -128,7 +128,7 @@ def losses_by_hand(agent, batch, noise, g):
 
     td, gaps, actor_loss, entropy = [], [], [], []
     for b in range(len(data["rewards"])):
-        s, s2 = (scaled(agent, data[key][b]) for key in ("obs", "next_obs"))
+        s, s2 = (scaled(agent, data[key][b], g) for key in ("obs", "next_obs"))
         a = data["actions"][b]
         a2, _ = policy(s2, target_noise[b, 0])
         bootstrap = args.gamma * (1 - data["terminations"][b]) * min(q(agent.target, s2, a2))
@@ -164,7 +164,7 @@ def losses_by_hand(agent, batch, noise, g):
         "qf1": critics[0],
         "qf2": critics[1],
         "actor": losses["losses/actor_loss"],
-        "temperature": entropy + agent.action_dim,  # the slopes themselves, of the last two
+        "temperature": entropy + ACTION_DIM,  # the slopes themselves, of the last two
         "factor": math.exp(log_factor) * (target_gap - mean_gap) if args.lagrange else None,
     }
 

@@ -67,12 +67,12 @@ def brute_force(agent, batch):
                 continue
             y = reward
             if len(next_legal) and not ended:
-                x = scaled(agent, next_obs)
+                x = scaled(agent, next_obs, g)
                 q = [plain_mlp(net, x, g) for net in live]
                 best = max(next_legal, key=lambda i: min(q[0][i], q[1][i]))
                 y = reward + args.gamma * min(plain_mlp(net, x, g)[best] for net in target)
             for i, net in enumerate(live):
-                q = plain_mlp(net, scaled(agent, obs), g)
+                q = plain_mlp(net, scaled(agent, obs, g), g)
                 errors[i].append((q[a.argmax()] - y) ** 2)
                 gaps.append(math.log(sum(math.exp(q[j]) for j in legal)) - q[a.argmax()])
         result["qf1_loss"].append(np.mean(errors[0]))

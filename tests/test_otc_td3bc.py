@@ -57,7 +57,7 @@ def test_the_first_step_is_each_learning_rate_against_the_gradient():
 def losses_by_hand(agent, batch, noise, g, weight=None):
     """Group g's losses in float64, state by state; and its lambda, unless that is given."""
     args, data = agent.args, {key: value[g].double().numpy() for key, value in batch.items()}
-    scales = [b.double().numpy() for b in (agent.obs_mean, agent.obs_std)]
+    scales = [b[g, 0].double().numpy() for b in (agent.obs_mean, agent.obs_std)]
     noise = np.clip(args.policy_noise * noise[g].double().numpy(), -0.5, 0.5)
 
     def policy(actor, s):
@@ -93,8 +93,8 @@ def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch):
     args.actor_learning_rate = args.critic_learning_rate = 0.0
     agent, groups = TD3BC(3, OBS_DIM, ACTION_DIM, args).double(), range(3)
     with torch.no_grad():
-        agent.obs_mean += torch.randn(OBS_DIM)
-        agent.obs_std += torch.rand(OBS_DIM)
+        agent.obs_mean += torch.randn_like(agent.obs_mean)
+        agent.obs_std += torch.rand_like(agent.obs_std)
         for p in agent.target.parameters():  # of their own: a live network in their place shows
             p += 0.1 * torch.randn_like(p)
         agent.target_actor.network[-1].weight *= 5  # near the bounds, where the noise is cut off

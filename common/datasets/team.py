@@ -29,6 +29,11 @@ class TeamDataset:
     """which data this is, in one line"""
     discrete: bool = False
     """actions are one-hot, and obs ends with the legal ones; see `common.envs.VecEnv`"""
+    own_obs: np.ndarray | None = None
+    """(N, obs_dim) bool: which entries are the agent's own; the others pad a smaller observation.
+    None: nothing is padded"""
+    own_actions: np.ndarray | None = None
+    """(N, action_dim) bool: likewise of the actions"""
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -79,6 +84,13 @@ def lay_out(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> Tea
         for key in ("observations", "next_observations"):
             if key in data and data[key].size // n == vec.state_dim:
                 data[key] = data[key].reshape(n, -1)[:, seen.ravel()]
+    for key, own in (
+        ("observations", vec.own_obs),
+        ("next_observations", vec.own_obs),
+        ("actions", vec.own_actions),
+    ):
+        if own is not None and key in data:
+            data[key] = pad(data[key].reshape(n, -1), own)
     widths = {
         "observations": obs_widths,
         "next_observations": (data["observations"].size // n,),
@@ -128,7 +140,8 @@ def lay_out(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> Tea
     if vec.discrete:
         _check_discrete(obs, actions, next_obs, where)
     ends = terminations, truncations
-    return TeamDataset(obs, actions, rewards, next_obs, *ends, where, vec.discrete)
+    own = vec.own_obs, vec.own_actions
+    return TeamDataset(obs, actions, rewards, next_obs, *ends, where, vec.discrete, *own)
 
 
 def _check_discrete(obs, actions, next_obs, where: str) -> None:
@@ -151,6 +164,18 @@ def _check_discrete(obs, actions, next_obs, where: str) -> None:
             f"{where}: actions, row {wrong.argmax()}: expected one legal action of every agent, "
             "and none of a dead one"
         )
+
+
+def pad(rows: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """Rows in which the agents' own entries alone stand side by side, or with padding, which may
+    hold anything: with padding of zeros, (n, N * size). Other widths are left as they are."""
+    if rows.shape[1] == own.sum():
+        padded = np.zeros((len(rows), own.size), rows.dtype)
+        padded[:, own.ravel()] = rows
+        return padded
+    if rows.shape[1] == own.size:
+        return np.where(own.ravel(), rows, 0)
+    return rows
 
 
 def next_unknown(terminals: np.ndarray, timeouts: np.ndarray) -> np.ndarray:

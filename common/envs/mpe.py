@@ -15,6 +15,7 @@ from gymnasium.spaces import Box
 
 from common.envs.particle import ParticleParallelEnv, ParticleVecEnv, blank, disc
 from common.envs.tasks import AGENT_COLOURS, TASKS
+from common.envs.vec import own_entries
 
 DT = 0.1
 DAMPING = 0.25
@@ -59,6 +60,7 @@ class MpeVecEnv(ParticleVecEnv):
         self.num_others = len(self.sizes) - num_agents
         super().__init__(num_agents, num_envs, seed)
         self.obs_dim = max(self.own_obs_dim)
+        self.own_obs = own_entries(self.own_obs_dim[:num_agents])
         self.velocity = np.zeros((self.num_movers, 2, num_envs), dtype=np.float32)
         self.free_prey = free_prey
         self.has_prey = num_agents < self.num_movers

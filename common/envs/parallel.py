@@ -23,7 +23,7 @@ from gymnasium.spaces import Box, Dict, Discrete
 from pettingzoo import ParallelEnv
 
 from common import InputError, nearest
-from common.envs.vec import VecEnv, choose
+from common.envs.vec import VecEnv, choose, own_entries
 
 
 def find_factory(name: str) -> Callable[..., ParallelEnv]:
@@ -82,7 +82,7 @@ class ParallelTeam:
         seen = [space["observation"] if isinstance(space, Dict) else space for space in seen]
         self.obs_sizes = [int(np.prod(space.shape)) for space in seen]
         self.num_agents = len(self.agents)
-        self.obs_dim = max(self.obs_sizes)
+        self.obs_dim, self.own_obs = max(self.obs_sizes), own_entries(self.obs_sizes)
         if self.discrete:
             sizes = {getattr(space, "n", None) for space in self.spaces}
             if len(sizes) > 1:
@@ -91,6 +91,9 @@ class ParallelTeam:
             self.action_low = np.zeros((self.num_agents, self.action_sizes[0]), np.float32)
             self.action_high = np.ones_like(self.action_low)
             self.num_features, self.obs_dim = self.obs_dim, self.obs_dim + self.action_sizes[0]
+            if self.own_obs is not None:  # masks stand behind the padding
+                legal = np.ones((self.num_agents, self.action_sizes[0]), bool)
+                self.own_obs = np.concatenate([self.own_obs, legal], axis=1)
         else:
             self.action_sizes = [int(np.prod(space.shape)) for space in self.spaces]
             self.action_high = np.ones((self.num_agents, max(self.action_sizes)), dtype=np.float32)
@@ -98,6 +101,7 @@ class ParallelTeam:
             for i, space in enumerate(self.spaces):
                 self.action_low[i, : self.action_sizes[i]] = space.low.ravel()
                 self.action_high[i, : self.action_sizes[i]] = space.high.ravel()
+        self.own_actions = own_entries(self.action_sizes)
         self.max_episode_steps = getattr(env, "max_episode_steps", None) or 1000
         self.obs = np.zeros((self.num_agents, self.obs_dim), dtype=np.float32)
 

@@ -19,6 +19,9 @@ class VecEnv:
     """
 
     discrete = False
+    # (N, obs_dim) and (N, action_dim) bool: which entries are the agent's own, where the agents'
+    # sizes differ and the smaller ones are padded; see `own_entries`
+    own_obs = own_actions = None
 
     def __init__(self, teams: Sequence, seed: int):
         self.teams = teams
@@ -29,6 +32,8 @@ class VecEnv:
         self.action_dim = self.action_low.shape[1]
         self.max_episode_steps = teams[0].max_episode_steps
         self.discrete = getattr(teams[0], "discrete", False)
+        self.own_obs = getattr(teams[0], "own_obs", None)
+        self.own_actions = getattr(teams[0], "own_actions", None)
         unit_box = bool((self.action_low == -1).all() and (self.action_high == 1).all())
         self.unit_box = unit_box or self.discrete  # actions are played as the learners have them
         self.first_seed = seed
@@ -102,6 +107,13 @@ class VecEnv:
     def close(self) -> None:
         for team in self.teams:
             team.close()
+
+
+def own_entries(sizes: Sequence[int]) -> np.ndarray | None:
+    """(N, max(sizes)) bool: which entries are the agents' own; None where all sizes are equal."""
+    if len(set(sizes)) == 1:
+        return None
+    return np.arange(max(sizes)) < np.array(sizes)[:, None]
 
 
 def choose(actions: np.ndarray, legal: np.ndarray, idle: int) -> np.ndarray:
