@@ -18,13 +18,13 @@ What it scores and how long it takes: docs/icq.md.
 import math
 import sys
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn as nn
 
 from common import cli, embedding, sampler, strategies
-from common.cli import Natural, OnlineArgs, Positive, Share
+from common.cli import Natural, OnlineArgs, Positive, Range, Share
 from common.embedding import Distance
 from common.loop import Training
 from common.nets import Actor, Critic, Learner, adam, follow, keep_own, mean_over_own, mlp, step
@@ -94,6 +94,8 @@ class Args(OnlineArgs):
     """discount"""
     tau: Share = 0.01
     """rate at which the target networks follow"""
+    policy_std: Annotated[float, Range(0.003, 0.99)] = 0.335
+    """the policy's standard deviation before training"""
     temperature: Positive = 1.0
     """of the advantage in the policy's weights, a softmax over the batch; ICQ's alpha"""
     target_temperature: Positive = 1000.0
@@ -112,10 +114,12 @@ class GaussianActor(Actor):
     It is not squashed, so that the density of data actions at the bound stays finite.
     """
 
-    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
+    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int, std: float):
         super().__init__()
         self.network = mlp(G, obs_dim, hidden_size, action_dim)
-        self.raw_log_std = nn.Parameter(torch.full((G, 1, action_dim), -1.5))
+        share = -math.log(std) / 6
+        raw_log_std = math.log(share / (1 - share))
+        self.raw_log_std = nn.Parameter(torch.full((G, 1, action_dim), raw_log_std))
 
     @property
     def log_std(self) -> torch.Tensor:
@@ -149,7 +153,7 @@ class ICQ(Learner):
         super().__init__(G, obs_dim)
         self.args = args
         sizes = (G, obs_dim, action_dim, args.hidden_size)
-        self.actor = GaussianActor(*sizes)
+        self.actor = GaussianActor(*sizes, args.policy_std)
         self.qf1, self.qf2 = Critic(*sizes), Critic(*sizes)
         self.target_qf1, self.target_qf2 = Critic(*sizes), Critic(*sizes)
         self.live = nn.ModuleList([self.qf1, self.qf2])

@@ -125,9 +125,10 @@ class Args(OnlineArgs):
     def check(self) -> None:
         """Refuse more elites than samples, and a centralised critic with the value distance."""
         super().check()
-        if self.refit == "elite" and self.elites > self.sampler_samples:
+        if self.refit == "elite" and not 2 <= self.elites <= self.sampler_samples:
             raise InputError(
-                f"--elites {self.elites}: at most --sampler-samples {self.sampler_samples}"
+                f"--elites {self.elites}: at least 2, at most --sampler-samples "
+                f"{self.sampler_samples}"
             )
         needs_value = self.deployments and self.sampling == "otc" and self.distance == "value"
         if self.critic == "centralised" and needs_value:
@@ -347,7 +348,7 @@ class OMAR(Learner):
             if args.refit == "elite":
                 best = q.topk(args.elites, dim=2).indices.unsqueeze(3)
                 kept = samples.gather(2, best.expand(-1, -1, -1, shape[3]))
-                mean, std = kept.mean(2, keepdim=True), kept.std(2, correction=0, keepdim=True)
+                mean, std = kept.mean(2, keepdim=True), kept.std(2, keepdim=True)
             else:
                 mean = (q.softmax(2).unsqueeze(3) * samples).sum(2, keepdim=True)
                 std = (samples - mean).square().mean(2, keepdim=True).sqrt()

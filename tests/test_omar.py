@@ -85,7 +85,7 @@ def test_the_sampler_equals_a_loop_over_states(monkeypatch, refit):
                 if refit == "elite":
                     best = np.argsort(-values)[:2]
                     elites = [samples[i] for i in best]
-                    mean, std = np.mean(elites, 0), np.std(elites, 0)
+                    mean, std = np.mean(elites, 0), np.std(elites, 0, ddof=1)
                 else:
                     weights = np.exp(values) / np.exp(values).sum()
                     mean = sum(w * a for w, a in zip(weights, samples, strict=True))

@@ -97,7 +97,7 @@ def test_value_is_the_mean_of_the_smaller_critic_over_sampled_actions(monkeypatc
     obs, noise = torch.randn(2, 4, OBS_DIM), torch.randn(2, 12, ACTION_DIM)
     monkeypatch.setattr(torch, "randn_like", lambda x: noise)
     found = agent.value(obs)
-    std = math.exp(-6 / (1 + math.exp(1.5)))
+    std = agent.args.policy_std
     for g in range(2):
         for b in range(4):
             s, values = scaled(agent, obs[g, b].double().numpy(), g), []
@@ -263,7 +263,7 @@ def test_a_bandit_ends_in_its_closed_form_and_each_group_in_its_own():
     """Reward -(a - best)^2 on uniform actions: the weights exp(A / temperature) make the policy a
     Gaussian at the best action, of variance temperature / 2."""
     torch.manual_seed(0)
-    args = Args(temperature=0.1, hidden_size=32)
+    args = Args(temperature=0.1, hidden_size=32, policy_std=0.335)
     args.actor_learning_rate = args.critic_learning_rate = 5e-3
     agent = AWAC(2, 2, 1, args)
     best, chosen, stds = torch.tensor([0.3, -0.3]).view(2, 1, 1), [], []
