@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from benchmarks import check_outputs, write_csv
-from common import InputError, cli, nearest, runs, strategies
+from common import InputError, checkpoints, cli, nearest, strategies
 
 
 @dataclass
@@ -200,7 +200,7 @@ def read(args: Args) -> tuple[Cells, list[str]]:
     }
     found, unfinished, by = [], [], [name.replace("-", "_") for name in args.by]
     for folder in sorted(folders):
-        record, path = runs.read_record(folder), folder / "returns.csv"
+        record, path = checkpoints.read_record(folder), folder / "returns.csv"
         its, script = record["args"], record["script"]
         rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
         if len(rows) <= its.get("deployments", 0):

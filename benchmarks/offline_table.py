@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from benchmarks import write_csv
-from common import InputError, cli, runs
+from common import InputError, checkpoints, cli
 from common.datasets import parse_env
 from common.envs import normalized_score
 
@@ -47,7 +47,7 @@ def main(args: Args) -> None:
     keys = ("script", "env", "split", "offline_updates")
     for folder in args.folders:
         for path in sorted(Path(folder).rglob("returns.csv")):
-            run = runs.read_record(path.parent)
+            run = checkpoints.read_record(path.parent)
             if run["args"].get("offline_checkpoint"):  # the policy of another run
                 continue
             first = next(csv.DictReader(path.open()))

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from common import InputError, cli, runs  # noqa: E402
+from common import InputError, checkpoints, cli  # noqa: E402
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Args:
 
 def main(args: Args) -> None:
     run = Path(args.run)
-    options = runs.read_args(run)
+    options = checkpoints.read_args(run)
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     if "offline/episodic_return" not in events.Tags()["scalars"]:

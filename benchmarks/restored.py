@@ -6,7 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 from benchmarks.speed import LEARNERS
-from common import InputError, cli, datasets, runs
+from common import InputError, checkpoints, cli, datasets
 from common.nets import Learner
 from common.replay import Replay
 
@@ -35,7 +35,7 @@ class Restored:
             folder = self.args.offline_checkpoint
         if name.startswith("policy_") and not (self.folder / name).exists():
             raise InputError(f"{folder / name} does not exist: the run needs --save-policies")
-        state = runs.read_checkpoint(str(folder), name, self.script)
+        state = checkpoints.read_checkpoint(str(folder), name, self.script)
         # Policies that were kept have no optimisers' states
         self.agent.load_state_dict(state["agent"], strict="_extra_state" in state["agent"])
         return state
@@ -46,7 +46,7 @@ def restore(folder: str, more: int = 0) -> Restored:
 
     Raises InputError for what is no run, and for one without deployments.
     """
-    record = runs.read_record(folder)
+    record = checkpoints.read_record(folder)
     script = record["script"]
     module = importlib.import_module(script)
     args = module.Args(**record["args"])
@@ -58,6 +58,6 @@ def restore(folder: str, more: int = 0) -> Restored:
     replay = Replay(dataset, args.num_seeds, args.deployments + more, steps)
     sizes = replay.num_groups, replay.obs.shape[2], replay.actions.shape[2]
     agent = getattr(module, LEARNERS[script])(*sizes, args)
-    run = Restored(runs.seeds_folders(folder)[0], script, module, args, steps, replay, agent)
+    run = Restored(checkpoints.seeds_folders(folder)[0], script, module, args, steps, replay, agent)
     replay.load_state_dict(run.policy("checkpoint.pt")["replay"])
     return run

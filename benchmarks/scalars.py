@@ -9,7 +9,7 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmarks import write_csv
-from common import InputError, cli, runs, strategies
+from common import InputError, checkpoints, cli, strategies
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Args:
 def main(args: Args) -> None:
     rows = []
     for folder in args.runs:
-        run = runs.read_record(folder)
+        run = checkpoints.read_record(folder)
         events = EventAccumulator(folder, size_guidance={"scalars": 0})
         events.Reload()
         for tag in events.Tags()["scalars"]:

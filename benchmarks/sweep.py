@@ -50,7 +50,7 @@ import numpy as np
 import tyro
 
 from benchmarks import write_csv
-from common import ROOT, InputError, cli, nearest, runs, strategies
+from common import ROOT, InputError, checkpoints, cli, nearest, strategies
 from common.envs import num_cores
 
 SAMPLING = (*strategies.OTHERS, "otc")
@@ -238,7 +238,7 @@ class Place:
         found = sorted(
             path.parent
             for path in self.folder.glob("*/checkpoint.pt")
-            if runs.read_record(path.parent)["seed"] == self.job.flags["seed"]
+            if checkpoints.read_record(path.parent)["seed"] == self.job.flags["seed"]
         )
         return found[-1] if found else None
 
@@ -247,8 +247,8 @@ class Place:
         folder = self.run_folder()
         if folder is None:
             return False
-        last = str(runs.read_args(folder).get("deployments", 0))
-        paths = [each / "returns.csv" for each in runs.seeds_folders(folder)]
+        last = str(checkpoints.read_args(folder).get("deployments", 0))
+        paths = [each / "returns.csv" for each in checkpoints.seeds_folders(folder)]
         return all(p.exists() and rows_of(p)[-1]["deployment"] == last for p in paths)
 
     def lock(self) -> IO | None:
@@ -517,10 +517,10 @@ def report(jobs: list[Job], out: Path, path: str | None) -> None:
     for place in places:
         if not place.is_done():
             continue
-        for folder in runs.seeds_folders(place.run_folder()):
+        for folder in checkpoints.seeds_folders(place.run_folder()):
             found, job = rows_of(folder / "returns.csv"), place.job
             names = {"cell": job.cell, "script": job.script, "env": job.flags["env"]}
-            seed = runs.read_record(folder)["seed"]
+            seed = checkpoints.read_record(folder)["seed"]
             rows += [{**names, "seed": seed, **row} for row in found]
             ends = (
                 found[0]["mean_return"],

@@ -14,7 +14,7 @@ import tyro
 
 import otc_bcq
 from benchmarks import write_csv
-from common import cli, datasets, runs, sampler
+from common import checkpoints, cli, datasets, sampler
 from common.replay import Replay
 
 
@@ -35,8 +35,8 @@ def ranks(x: torch.Tensor) -> torch.Tensor:
 
 
 def main(args: Args) -> None:
-    checkpoint = runs.read_checkpoint(args.run, "offline.pt", "otc_bcq")
-    options = otc_bcq.Args(**runs.read_args(args.run))
+    checkpoint = checkpoints.read_checkpoint(args.run, "offline.pt", "otc_bcq")
+    options = otc_bcq.Args(**checkpoints.read_args(args.run))
     dataset = datasets.load(options.env, options.dataset, options.dataset_size, options.split)
     replay = Replay(dataset, options.num_seeds, 0, 1)
     obs_dim, action_dim = replay.obs.shape[2], replay.actions.shape[2]

@@ -6,6 +6,8 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+import platformdirs
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -31,5 +33,13 @@ def code_version() -> str:
 
 
 def cache_dir() -> Path:
-    """Where built-in data is kept: $OTC_CACHE_DIR or ~/.cache/otc."""
-    return Path(os.environ.get("OTC_CACHE_DIR") or "~/.cache/otc").expanduser()
+    """Where built-in data is kept: $OTC_CACHE_DIR, or the system's cache, ~/.cache/otc on Linux."""
+    return expanded(os.environ.get("OTC_CACHE_DIR") or platformdirs.user_cache_dir("otc", False))
+
+
+def expanded(path: str) -> Path:
+    """A path that may begin with ~. Raises InputError where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{path}: {error}") from error

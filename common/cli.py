@@ -2,8 +2,10 @@
 end."""
 
 import ast
+import contextlib
 import dataclasses
 import inspect
+import os
 import re
 import sys
 import textwrap
@@ -15,7 +17,7 @@ from typing import Annotated, ClassVar, Literal, get_args, get_type_hints
 import torch
 import tyro
 
-from common import InputError, runs
+from common import InputError, checkpoints, runs
 
 
 @dataclass(frozen=True)
@@ -97,9 +99,7 @@ class OfflineArgs:
     """run folder to continue, with the arguments it was started with"""
 
     # In what --offline-checkpoint's run must agree; a script may have more
-    SAME_POLICY: ClassVar = (
-        *("env", "dataset", "dataset_size", "split", "seed", "num_seeds", "hidden_size"),
-    )
+    SAME_POLICY: ClassVar = (*("env", "dataset_size", "split", "seed", "num_seeds", "hidden_size"),)
     # None of these; `OnlineArgs` has them
     deployments: ClassVar[int] = 0
     exploration: ClassVar[str] = "none"
@@ -149,17 +149,37 @@ class OnlineArgs(OfflineArgs):
 
 
 def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None:
-    """Parse the command line into `args_type` and call `main(args)`; InputError becomes its message
-    and exit status 2, Ctrl-C status 130. `parser`: `tyro.cli` for other commands than the
-    scripts."""
+    """Parse the command line into `args_type` and call `main(args)`. InputError, and what the
+    system refuses (files, memory), become a line or two and exit status 2, Ctrl-C status 130.
+    `parser`: `tyro.cli` for other commands than the scripts."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     try:
         main((parser or parse)(args_type, description=sys.modules[main.__module__].__doc__))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:  # before training, which saves and says how to go on
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         sys.exit(130)
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "alloc" in str(error):  # torch's
+            error = MemoryError(str(error).splitlines()[0])
+        if not isinstance(error, InputError | OSError | MemoryError):
+            raise
+        if isinstance(error, BrokenPipeError):  # nobody reads on: nor may the last flush fail
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        what = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+        say(f"error: {what}{error}")
+        folder = runs.Run.unfinished
+        if folder is not None and (folder / "checkpoint.pt").exists():
+            say(f"continue with --resume {folder}")
+        sys.exit(2)
+
+
+def say(text: str) -> None:
+    """To stderr, where there is one, at most two lines' worth of text."""
+    text = text if len(text) <= 500 else f"{text[:400]} ... {text[-80:]}"
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr)
 
 
 def parse(args_type: type, argv: list[str] | None = None, description: str | None = None):
@@ -173,21 +193,22 @@ def parse(args_type: type, argv: list[str] | None = None, description: str | Non
     if args.resume is None and args.offline_checkpoint is not None:
         args = parse_flags(args_type, argv, default=with_those_of(args, args.offline_checkpoint))
     if args.resume is not None:
-        stored = runs.read_args(args.resume)
+        stored = checkpoints.read_args(args.resume)
         try:
             stored = dataclasses.replace(args_type(**stored), resume=args.resume)
         except TypeError:
-            script = runs.read_record(args.resume).get("script", "another script")
+            script = checkpoints.read_record(args.resume).get("script", "another script")
             raise InputError(f"{args.resume} is a run of {script}, not of this script") from None
+        check_types(stored, f"{args.resume}/args.json")
         asked = parse_flags(args_type, argv, default=stored)
         for field in dataclasses.fields(args_type):
             was, now = getattr(stored, field.name), getattr(asked, field.name)
-            if was != now:
+            if was != now and field.name != "dataset":  # which may have moved; it is compared
                 raise InputError(
                     f"--resume continues a run as it was: {flag(field.name)} is {was} there, not "
                     f"{now}"
                 )
-        args = stored
+        args = dataclasses.replace(stored, dataset=asked.dataset)
     check_ranges(args)
     args.check()
     return args
@@ -236,7 +257,7 @@ def described(args_type: type) -> dict[str, tuple[str, str]]:
 
 def with_those_of(args, folder: str):
     """The arguments, of which those of data, training and algorithm are an earlier run's."""
-    its, taken = runs.read_args(folder), {}
+    its, taken = checkpoints.read_args(folder), {}
     for name, (group, _) in described(type(args)).items():
         is_policys = group not in ("deployment", "otc", "run") and name not in OF_TUNING
         if name in its and (is_policys or name in args.SAME_POLICY):
@@ -247,6 +268,25 @@ def with_those_of(args, folder: str):
 def flag(name: str) -> str:
     """The flag of an argument."""
     return "--" + name.replace("_", "-")
+
+
+def check_types(args, where: str) -> None:
+    """Refuse a value that no flag could have given.
+
+    Raises:
+        InputError: names the argument and its value.
+    """
+    hints = get_type_hints(type(args))
+    for field in dataclasses.fields(args):
+        value, hint = getattr(args, field.name), hints[field.name]
+        choices = get_args(hint) or (hint,)  # of a union, of a Literal, or the type itself
+        is_valid = any(
+            type(value) is x or value == x or (x is float and type(value) is int)
+            for x in choices
+            if isinstance(x, type) or isinstance(value, str)
+        )
+        if not is_valid:
+            raise InputError(f"{where}: {field.name} is {value!r}, which it cannot be")
 
 
 def range_of(hint) -> Range | None:

@@ -1,15 +1,17 @@
 """What the lines of Algorithm 1 in a script's `main` call: train, deploy, evaluate, go on after an
 interruption."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 
-from common import cli, datasets, runs
+from common import InputError, checkpoints, cli, datasets, runs
 from common.device import Graphed, get_rng_state, kept_rng_state, pick_device, set_rng_state
 from common.embedding import Space
 from common.envs import make_vec
@@ -32,12 +34,15 @@ class Training:
         self.args, self.script = args, Path(script).stem
         self.device, self.checkpoint = pick_device(args), None
         if args.resume is not None:
-            self.checkpoint = runs.read_checkpoint(args.resume, "checkpoint.pt", self.script)
+            self.checkpoint = checkpoints.read_resumed(args, self.script)
         elif args.offline_checkpoint is not None:
-            self.checkpoint = runs.read_offline_checkpoint(args, self.script)
+            self.checkpoint = checkpoints.read_offline_checkpoint(args, self.script)
         dataset = datasets.load(args.env, args.dataset, args.dataset_size, args.split, discrete)
         print(dataset.source)
-        self.data_return = dataset.mean_return()
+        self.data, self.data_return = dataset.fingerprint(), dataset.mean_return()
+        if self.checkpoint is not None:
+            what = "--offline-checkpoint" if args.resume is None else "--resume"
+            checkpoints.check_data(self.checkpoint, dataset, what)
         S, task = args.num_seeds, datasets.parse_env(args.env)[0]
         self.num_steps = cli.deployment_steps(args, len(dataset.rewards))  # M
         self.envs, self.eval_envs = (
@@ -49,6 +54,7 @@ class Training:
         torch.manual_seed(args.seed)
         self.replay = Replay(dataset, S, args.deployments, self.num_steps, self.device)
         self.phase, self.done = 0, 0  # deployment k, 0 for the offline phase; its updates so far
+        self.evaluated = 0  # offline updates at the latest evaluation
         self.graph, self.captured = args.cuda_graph and self.device.type == "cuda", None
 
     def begin(self, agent: nn.Module, strategy: Strategy | None = None) -> None:
@@ -56,16 +62,21 @@ class Training:
         strategy = strategy or Strategy(self.replay, self.args)
         self.agent, self.strategy, checkpoint = agent, strategy, self.checkpoint
         agent.take_own(self.replay)
-        if checkpoint is not None:
-            resumes = self.args.resume is not None
-            agent.load_state_dict(checkpoint["agent"])
-            if resumes:
-                strategy.load_state_dict(checkpoint["strategy"])
-                self.replay.load_state_dict(checkpoint["replay"])
-            self.phase, self.done = checkpoint["progress"]
-            set_rng_state(checkpoint["rng"], self.device)
         resumed = checkpoint if self.args.resume else None
-        self.run = runs.Run(self.args, self.script, resumed, self.data_return)
+        if checkpoint is not None:
+            try:
+                agent.load_state_dict(checkpoint["agent"])
+                if resumed is not None:
+                    strategy.load_state_dict(checkpoint["strategy"])
+                    self.replay.load_state_dict(checkpoint["replay"])
+                self.phase, self.done, self.evaluated = checkpoint["progress"]
+                set_rng_state(checkpoint["rng"], self.device)
+            except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
+                reason = " ".join(str(error).split())[:200]
+                folder = self.args.resume or self.args.offline_checkpoint
+                raise InputError(f"the checkpoint in {folder} does not fit: {reason}") from error
+        of_team = self.data_return, self.envs.num_agents, self.envs.reference_returns
+        self.run = runs.Run(self.args, self.script, resumed, *of_team)
         self.checkpoint = None
 
     def save(self, name: str = "checkpoint.pt") -> None:
@@ -74,7 +85,8 @@ class Training:
             "agent": self.agent.state_dict(),
             "strategy": self.strategy.state_dict(),
             "replay": self.replay.state_dict(),
-            "progress": (self.phase, self.done),
+            "progress": (self.phase, self.done, self.evaluated),
+            "data": self.data,
             "rng": get_rng_state(self.device),
         }
         self.run.save(state, name)
@@ -83,12 +95,14 @@ class Training:
 
     def train_offline(self, update: Callable) -> None:
         """The offline phase, or what is left of it: pi^0, then what OTC compares transitions in."""
-        if self.phase == 0:
-            if self.done <= self.args.offline_updates and self.args.offline_checkpoint is None:
-                self._train(update, "offline", self.args.offline_updates)
+        if self.phase > 0:
+            return
+        args, embedding = self.args, self.strategy.embedding
+        with self.run.closed_on_error():
+            if self.done <= args.offline_updates and args.offline_checkpoint is None:
+                self._train(update, "offline", args.offline_updates)
                 self.save("offline.pt")
-            embedding = self.strategy.embedding
-            if self.args.deployments and embedding is not None and embedding.optimizer is not None:
+            if args.deployments and embedding is not None and embedding.optimizer is not None:
                 self._train_embedding(embedding)
 
     def _train_embedding(self, embedding: Space) -> None:
@@ -111,7 +125,8 @@ class Training:
 
     def finetune(self, update: Callable) -> None:
         """The updates after deployment k, or what is left of them."""
-        self._train(update, f"fine-tuning {self.phase}", self.args.finetune_updates)
+        with self.run.closed_on_error():
+            self._train(update, f"fine-tuning {self.phase}", self.args.finetune_updates)
 
     def _train(self, update: Callable, name: str, stop: int) -> None:
         """Logged, checkpointed and open to interruption; on CUDA an update is a captured graph."""
@@ -121,6 +136,8 @@ class Training:
             kind = getattr(agent, "kind", None)
             kind_of = None if kind is None else lambda number: kind(number, offline)
             self.captured = Graphed(update, self.graph, kind_of)
+        if offline:  # a resumed run's, stopped amid it
+            self._evaluate_offline()
         finetuned = (self.phase - 1) * args.finetune_updates
         before = 0 if offline else args.offline_updates + finetuned
         for number in run.updates(name, self.done, stop):
@@ -133,11 +150,26 @@ class Training:
                         obs = replay.gather(replay.draw_offline(args.batch_size))["obs"]
                         value = agent.value(obs).mean(1).view(self.shape)
                     run.log({"otc/value_mean": value}, before + number)
-            if offline and number % args.eval_every == 0:
-                run.record_offline(number, self.evaluate(0))
+            if offline:
+                self._evaluate_offline()
             if number % args.checkpoint_every == 0:
                 self.save()
             run.stop_if_asked(self.save)
+
+    def _evaluate_offline(self) -> None:
+        """Where it is time; a stop amid it is heard at once, and the resumed run makes it again."""
+        if self.done % self.args.eval_every or self.evaluated == self.done:
+            return
+        before = get_rng_state(self.device)
+
+        def save() -> None:
+            set_rng_state(before, self.device)
+            self.save()
+
+        with self.run.stops_at_once(save):
+            returns = self.evaluate(0)
+        self.evaluated = self.done
+        self.run.record_offline(self.done, returns)
 
     def evaluate(self, k: int) -> list[list[float]]:
         """Returns of --eval-episodes episodes per seed, whose starts depend on k alone."""
@@ -158,8 +190,7 @@ class Training:
         """Run pi^{k-1} for M steps: D^k, for `Replay.add`. Records its return, by episodes of their
         own: of those within M steps, whose number depends on their lengths, the mean is biased."""
         args, S = self.args, self.args.num_seeds
-        self.save()
-        with self.run.stops_at_once():
+        with self.run.closed_on_error(), self.resumable():
             self.set_deployment(k)
             start, seed = time.perf_counter(), (args.seed, k)
             how = seed, self.device, args.exploration, self.graph
@@ -186,11 +217,17 @@ class Training:
     def finish(self) -> None:
         """The return of pi^K, and the closing table."""
         K = self.args.deployments
-        self.save()
-        with self.run.stops_at_once():
+        with self.run.closed_on_error(), self.resumable():
             self.set_deployment(K + 1)
             self.record_return(K, self.evaluate(K + 1))
         self.run.finish()
+
+    @contextmanager
+    def resumable(self) -> Iterator[None]:
+        """What is inside is made again by a run that is stopped there."""
+        self.save()
+        with self.run.stops_at_once():
+            yield
 
     def set_deployment(self, k: int) -> None:
         """Say to the tasks that change between deployments which it is."""
@@ -264,6 +301,7 @@ def collect(
         step_data = (obs, actions, rewards, final_obs, terminations, explorer)
         for array, value in zip(data.values(), step_data, strict=True):
             array[:, t] = value
+        check_finite(t, final_obs, rewards, next_obs)
         ended += terminations | truncations
         obs = next_obs
     return data, ended
@@ -276,8 +314,23 @@ def episode_returns(
     obs = envs.reset(seed=seed)
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
     policy = team_policy(agent, obs, num_seeds, device, graph)
-    while running.any():
-        obs, rewards, terminations, truncations, _ = envs.step(envs.to_box(policy(obs)))
+    for t in itertools.count():
+        if not running.any():
+            return returns.reshape(num_seeds, -1).tolist()
+        obs, rewards, terminations, truncations, final_obs = envs.step(envs.to_box(policy(obs)))
+        check_finite(t, final_obs, rewards, obs)
         returns += rewards * running
         running &= ~(terminations | truncations)
-    return returns.reshape(num_seeds, -1).tolist()
+
+
+def check_finite(step: int, obs: np.ndarray, rewards: np.ndarray, next_start: np.ndarray) -> None:
+    """Raises InputError where the environment gave a number that is none."""
+    named = (("observation", obs), ("reward", rewards), ("observation", next_start))
+    for name, values in named:
+        if not np.isfinite(values).all():
+            where = np.argwhere(~np.isfinite(values))[0].tolist()
+            agent = f", agent {where[1]}" if len(where) > 1 else ""
+            raise InputError(
+                f"the environment gave a {name} that is not finite ({values[tuple(where)]}): step "
+                f"{step + 1}, environment {where[0]}{agent}"
+            )

@@ -142,7 +142,14 @@ def adam(parameters, learning_rate: float) -> torch.optim.Adam:
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load its state but for what this run sets: the learning rate, and what capture needs."""
+    """Load its state but for what this run sets: the learning rate, and what capture needs.
+    Raises ValueError for another optimiser's, which a fused step would read beyond its end."""
+    parameters = optimizer.param_groups[0]["params"]
+    for number, moments in state["state"].items():
+        for name, moment in moments.items():
+            shape = () if name == "step" else parameters[number].shape
+            if moment.shape != shape or moment.dtype != torch.float32:
+                raise ValueError(f"an optimiser's {name} has shape {tuple(moment.shape)}")
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 

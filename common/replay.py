@@ -302,13 +302,15 @@ class Replay:
         return {**state, "explorer": explorer, "num_online": self.num_online.clone()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Put back what `state_dict` returned."""
+        """Put back what `state_dict` returned. Raises ValueError for other shapes."""
         size = int(state["num_online"])
         for name in COLUMNS:
+            shape = self._online_rows(getattr(self, name))[:, :, :size].shape
+            if state[name].shape != shape:
+                raise ValueError(f"{name} of shape {tuple(state[name].shape)}, not {tuple(shape)}")
             self._online_rows(getattr(self, name))[:, :, :size] = state[name].to(self.device)
         for first in range(self.num_offline, self.num_rows, max(1, self.capacity)):
             for start in range(first, first + size, self.deployment_steps):
                 self.replace_dead(start, start + self.deployment_steps)
-        if "explorer" in state:  # runs from before agents explored have none
-            self.explorer[:, :size] = state["explorer"]
+        self.explorer[:, :size] = state["explorer"]
         self.num_online.fill_(size)

@@ -7,12 +7,14 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import filelock
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
@@ -20,6 +22,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from common import InputError, code_version
+from common.checkpoints import FORMAT, seeds_folders, write_beside
 from common.datasets import is_omar, parse_env
 from common.envs.tasks import normalized_score, win_rate
 from common.strategies import strategy_name
@@ -30,93 +33,7 @@ NEXT = {
     "tools": "python -m tools.render --run {} --out policy.gif",
 }
 
-# --- Files ---
-
-
-def write_beside(path: Path, content: bytes) -> None:
-    """Write `path` as a whole or not at all: beside it first, then renamed."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def read_record(folder: str | Path) -> dict:
-    """What args.json of the run in `folder` holds: args, script, seed and the folders of its seeds.
-
-    Raises:
-        InputError: no run, or not a readable one.
-    """
-    path = Path(folder) / "args.json"
-    try:
-        record = json.loads(path.read_text())
-        record["args"]["seed"]
-        return record
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{folder} is not a run folder: {path} is missing or unreadable") from None
-
-
-def read_args(folder: str | Path) -> dict:
-    """The arguments of the run in `folder`; raises as `read_record`."""
-    return read_record(folder)["args"]
-
-
-def seeds_folders(folder: str | Path) -> list[Path]:
-    """The folders of all the seeds of the run in `folder`, the first seed's first; InputError: no
-    run, or several seeds' whose folders do not have their names any more."""
-    folder, names = Path(folder).resolve(), read_record(folder).get("folders", [])
-    if len(names) < 2:
-        return [folder]  # by whatever name
-    if folder.name not in names:
-        raise InputError(
-            f"{folder} was copied or renamed; the seeds of a run find each other by their names: "
-            f"{names[0]} and {len(names) - 1} more"
-        )
-    return [folder.parent / name for name in names]
-
-
-def read_checkpoint(folder: str, name: str, script: str) -> dict:
-    """A checkpoint's content; `folder` may be any of the folders of a run of several seeds.
-
-    Raises:
-        InputError: missing, unreadable, foreign, of an earlier version, or of another script
-            than `script`.
-    """
-    path = seeds_folders(folder)[0] / name
-    if not path.exists():
-        raise InputError(f"{path} does not exist: the run was stopped before it was first written")
-    try:
-        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-        if not {"agent", "script"} <= set(checkpoint):
-            raise ValueError("keys are missing")
-    except Exception as error:  # torch.load raises many kinds
-        first_line = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise InputError(f"{path} is not a readable checkpoint: {first_line}") from None
-    if "sampler" in checkpoint:
-        raise InputError(f"{path} is of an earlier version; continue it with commit eca3235")
-    if checkpoint["script"] != script:
-        raise InputError(f"{folder} is a run of {checkpoint['script']}, not {script}")
-    return checkpoint
-
-
-def read_offline_checkpoint(args, script: str) -> dict:
-    """The offline policy of --offline-checkpoint, trained on the same data for the same seeds; its
-    number of offline updates becomes that of `args`.
-
-    Raises:
-        InputError: unreadable, of another script, or trained with other arguments.
-    """
-    checkpoint = read_checkpoint(args.offline_checkpoint, "offline.pt", script)
-    for name in args.SAME_POLICY:
-        was, now = checkpoint["args"].get(name), getattr(args, name, None)
-        if was != now:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"--offline-checkpoint was trained with {flag} {was}, not {now}")
-    args.offline_updates = checkpoint["args"]["offline_updates"]
-    return checkpoint
-
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 # --- Run ---
 
@@ -136,21 +53,37 @@ class Run:
         script: its name.
         checkpoint: what `read_checkpoint` returned for --resume, else None.
         data_return: mean return of the data's episodes, for the record.
+        num_agents: of a team, in the groups of what is logged.
+        references: an own task's returns of score 0 and 100.
 
     Raises:
         InputError: the folder cannot be made.
     """
 
-    def __init__(self, args, script: str, checkpoint: dict | None = None, data_return=None):
+    unfinished: Path | None = None
+    """folder of this process's latest run, until it is finished"""
+
+    def __init__(
+        self,
+        args,
+        script: str,
+        checkpoint: dict | None = None,
+        data_return: float | None = None,
+        num_agents: int = 1,
+        references: tuple[float, float] | None = None,
+    ):
+        self.num_agents, self.references = num_agents, references
         self.args, self.script = args, script
         self.seeds = [args.seed + s for s in range(args.num_seeds)]
         self.rows: list[list[dict]] = [[] for _ in self.seeds]
-        self.stop_signal, self.nothing_to_save = None, False
+        self.stop_signal, self.at_stop = None, None
         if checkpoint is not None:
             self.folders = seeds_folders(args.resume)
             self.rows = checkpoint["rows"]
         else:
             self.folders = self._make_folders(data_return)
+        self._lock()
+        Run.unfinished = self.folders[0]
         if args.track:
             self._track()
         if checkpoint is not None:
@@ -158,8 +91,22 @@ class Run:
         self.writers = [SummaryWriter(str(folder)) for folder in self.folders]
         if checkpoint is None:
             self._log_arguments()
-        signal.signal(signal.SIGINT, self._on_signal)
-        signal.signal(signal.SIGTERM, self._on_signal)
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # no other may set them
+            for number in filter(None, (getattr(signal, name, None) for name in SIGNALS)):
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
+                    self.handlers[number] = signal.signal(number, self._on_signal)
+
+    def _lock(self) -> None:
+        """One process at a time; the lock ends with the process, whatever ends it."""
+        self.lock = filelock.FileLock(self.folders[0] / ".lock")
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            text = f"{self.folders[0]} is being written by another process"
+            raise InputError(text) from None
+        except (OSError, NotImplementedError):
+            pass  # a file system without locks
 
     def _make_folders(self, data_return: float | None) -> list[Path]:
         env = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.args.env)
@@ -229,16 +176,25 @@ class Run:
         if self.stop_signal is not None:  # asked twice: do not wait for the next update
             raise KeyboardInterrupt
         self.stop_signal = number
-        if self.nothing_to_save:
-            self.stop_if_asked()
+        if self.at_stop is not None:
+            self.stop_if_asked(self.at_stop)
 
     @contextmanager
-    def stops_at_once(self) -> Iterator[None]:
-        """What is inside is made again by the resumed run."""
-        self.stop_if_asked()
-        self.nothing_to_save = True
+    def stops_at_once(self, save: Callable = lambda: None) -> Iterator[None]:
+        """What is inside is made again by the resumed run, which goes on from what `save` saves."""
+        self.stop_if_asked(save)
+        self.at_stop = save
         yield
-        self.nothing_to_save = False
+        self.at_stop = None
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Whoever catches what is raised inside finds signals and the folder free again."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     # Logging
 
@@ -258,6 +214,13 @@ class Run:
         stacked = torch.stack([value.float() for value in losses.values()]).cpu()  # (tags, G)
         per_seed = stacked.view(len(losses), len(self.seeds), -1).mean(dim=2)
         self.log(dict(zip(losses, per_seed, strict=True)), step)
+        for tag, values in zip(losses, stacked.tolist(), strict=True):
+            if tag.startswith("losses/") and not np.isfinite(values).all():
+                seed, agent = divmod(int(np.argmin(np.isfinite(values))), self.num_agents)
+                raise InputError(
+                    f"{tag} of seed {self.seeds[seed]}, agent {agent} is not finite after "
+                    f"{step:,} updates: the training diverged (learning rate, scale of the data?)"
+                )
 
     def log_rate(self, update: int, step: int) -> None:
         """Updates per second of a phase since the last time."""
@@ -292,7 +255,7 @@ class Run:
         means = np.array([np.mean(r) for r in returns])
         omar_data = is_omar(self.args.dataset)
         task = parse_env(self.args.env)[0]
-        scores = normalized_score(task, means, omar_data)
+        scores = normalized_score(task, means, omar_data, self.references)
         wins = [win_rate(task, each) for each in returns]
         for s, rows in enumerate(self.rows):
             row = {
@@ -345,22 +308,28 @@ class Run:
         """Write a checkpoint into the first seed's folder, beside the old one and renamed."""
         content = io.BytesIO()
         state = {**state, "rows": self.rows, "script": self.script, "events": self._events()}
-        torch.save({**state, "args": dataclasses.asdict(self.args)}, content)
+        state |= {"args": dataclasses.asdict(self.args), "format": FORMAT}
+        torch.save(state, content)
         write_beside(self.folders[0] / name, content.getvalue())
 
     def stop_if_asked(self, save: Callable = lambda: None) -> None:
         """After SIGINT or SIGTERM: `save`, say how to go on, exit with status 128 + signal."""
         if self.stop_signal is None:
             return
+        self.at_stop = None
         save()
         self.close()
         print(f"stopped; continue with --resume {self.folders[0]}", file=sys.stderr)
         sys.exit(128 + self.stop_signal)
 
     def close(self) -> None:
-        """Flush TensorBoard, and end what is tracked."""
+        """Flush TensorBoard, end what is tracked, and put the signals' handlers back."""
         for writer in self.writers:
             writer.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.handlers = {}
+        self.lock.release()
         if self.args.track:
             import wandb
 
@@ -368,29 +337,37 @@ class Run:
 
     def finish(self) -> None:
         """Print the closing table: return of pi^0 and pi^K and the improvement, per seed and over
-        seeds; of tasks that can be won also how often they are."""
+        seeds; of tasks that can be won also how often they are. Without deployments pi^0 alone."""
         self.close()
-        first = np.array([rows[0]["mean_return"] for rows in self.rows])
-        last = np.array([rows[-1]["mean_return"] for rows in self.rows])
-        score = np.array([rows[-1]["normalized_score"] for rows in self.rows])
-        with np.errstate(divide="ignore", invalid="ignore"):  # no improvement in % of 0
-            improvement = 100 * (last - first) / np.abs(first)
-        final = f"pi^{self.rows[0][-1]['deployment']}"
-        columns, header = [first, last, improvement, score], ""
+        Run.unfinished = None
+        policies = [0, -1] if len(self.rows[0]) > 1 else [0]
+
+        def of(name: str) -> list[np.ndarray]:
+            return [np.array([rows[i][name] for rows in self.rows]) for i in policies]
+
+        names = [f"pi^{self.rows[0][i]['deployment']}" for i in policies]
+        columns = dict(zip(names, of("mean_return"), strict=True))
+        widths, ends = [12] * len(names), [""] * len(names)
+        if len(names) > 1:
+            first, last = columns.values()
+            with np.errstate(divide="ignore", invalid="ignore"):  # no improvement in % of 0
+                columns["improvement"] = 100 * (last - first) / np.abs(first)
+            widths, ends = [*widths, 12], [*ends, " %"]
+        columns["score"] = of("normalized_score")[-1]
+        widths, ends = [*widths, 9], [*ends, ""]
         if "win_rate" in self.rows[0][0]:
-            columns += [
-                100 * np.array([rows[i]["win_rate"] for rows in self.rows]) for i in (0, -1)
-            ]
-            header = f"{'won by pi^0':>14}{f'by {final}':>10}"
-        lines = [f"{'seed':>12}{'pi^0':>12}{final:>12}{'improvement':>14}{'score':>9}{header}"]
-        rows = list(zip(map(str, self.seeds), *columns, strict=True))
+            for name, wins in zip(names, of("win_rate"), strict=True):
+                columns[f"won by {name}"] = 100 * wins
+            widths, ends = widths + [12] * len(names), ends + [" %"] * len(names)
+        heads = zip(columns, widths, ends, strict=True)
+        lines = [f"{'seed':>12}" + "".join(f"{n:>{w + len(e)}}" for n, w, e in heads)]
+        rows = list(zip(map(str, self.seeds), *columns.values(), strict=True))
         if len(self.seeds) > 1:
-            rows.append(("mean", *(c.mean() for c in columns)))
-            rows.append(("std", *(c.std() for c in columns)))
+            rows.append(("mean", *(c.mean() for c in columns.values())))
+            rows.append(("std", *(c.std() for c in columns.values())))
         for name, *values in rows:
-            a, b, change, points, *won = values
-            text = "".join(f"{x:{n}.1f} %" for x, n in zip(won, (12, 8), strict=False))
-            lines.append(f"{name:>12}{a:12.1f}{b:12.1f}{change:12.1f} %{points:9.1f}{text}")
+            cells = zip(values, widths, ends, strict=True)
+            lines.append(f"{name:>12}" + "".join(f"{x:{w}.1f}{e}" for x, w, e in cells))
         print("\n" + "\n".join(lines))
         more = f" and {len(self.seeds) - 1} more" if len(self.seeds) > 1 else ""
         print(f"\n{self.folders[0]}{more}\nnext: tensorboard --logdir {self.args.run_dir}")

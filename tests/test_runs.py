@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import otc_bcq
-from common import runs, strategies
+from common import checkpoints, strategies
 from tests.helpers import assert_same, only, run, scalars, state_of, tiny
 from tests.tiny_task import ENV
 
@@ -66,7 +66,7 @@ def test_an_offline_checkpoint_brings_its_arguments(tmp_path, monkeypatch, data)
     short = "--deployments 1 --deployment-steps 50 --finetune-updates 10 --candidates 32"
     argv = ["--offline-checkpoint", start, *short.split(), "--references", 40, "--tau", 0.1]
     run(monkeypatch, "otc_bcq", *argv, "--run-dir", tmp_path / "b", "--distance-candidates", 100)
-    args = runs.read_args(only(tmp_path / "b"))
+    args = checkpoints.read_args(only(tmp_path / "b"))
     assert (args["env"], args["seed"], args["gamma"], args["hidden_size"]) == (ENV, 4, 0.9, 16)
     assert args["batch_size"] == 16 and args["num_act_actions"] == 5 and args["tau"] == 0.1
     assert args["deployments"] == 1 and args["run_dir"] == str(tmp_path / "b")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import runs
+from common import checkpoints, runs
 from common.device import Graphed
 from common.envs import VecEnv
 from common.replay import Replay
@@ -222,7 +222,7 @@ def test_fine_tuning_takes_its_own_learning_rates(tmp_path, monkeypatch, data, s
     )
     trained = [n for n in before if n.endswith("weight") and "target" not in n]
     assert rates and trained and all(torch.equal(before[n], after[n]) for n in trained)
-    assert runs.read_args(folder)["offline_updates"] == 60
+    assert checkpoints.read_args(folder)["offline_updates"] == 60
     assert min(scalars(folder)["otc/online_fraction"]) == 70
 
 

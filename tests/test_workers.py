@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from common import InputError
 from common.envs import VecEnv, make_vec, num_cores
 from common.envs.workers import WorkerVecEnv, free_cores
 from tests.tiny_task import ENV, Point
@@ -98,7 +99,7 @@ def test_a_process_that_dies_is_an_error_and_no_hang(monkeypatch):
     monkeypatch.setenv("OTC_TEST_PARENT", str(os.getpid()))
     vec = make_vec("tests.test_workers:broken", 2, 0, None, 1)
     vec.reset()
-    with pytest.raises(RuntimeError, match="an environment process died"):
+    with pytest.raises(InputError, match="an environment process ended"):
         for _ in range(10):
             vec.step(np.zeros((2, 2, 1)))
     assert vec.processes == []

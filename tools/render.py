@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common import InputError, runs
+from common import InputError, checkpoints
 from common.datasets import parse_env
 from common.envs import VecEnv, parallel_env
 from common.envs.parallel import ParallelTeam
@@ -33,7 +33,7 @@ def trained_policy(folder: str, vec: VecEnv) -> Policy:
 
     Raises InputError if the folder, its script or its checkpoint cannot be used with the task.
     """
-    options = runs.read_args(folder)
+    options = checkpoints.read_args(folder)
     info = json.loads((Path(folder) / "args.json").read_text())
     script = info.get("script", "")
     try:
@@ -47,7 +47,7 @@ def trained_policy(folder: str, vec: VecEnv) -> Policy:
     ]
     if len(classes) != 1 or not hasattr(module, "Args"):
         raise InputError(f"{script}.py: expected Args and one class with `update` and `act`")
-    checkpoint = runs.read_checkpoint(folder, "checkpoint.pt", script)
+    checkpoint = checkpoints.read_checkpoint(folder, "checkpoint.pt", script)
     args = module.Args(**options)
     num_groups = args.num_seeds * vec.num_agents
     try:
@@ -120,7 +120,7 @@ def render(env: str | None, run: str | None, out: Path, steps: int, seed: int, f
         raise InputError(f"--steps {steps} --seed {seed} --fps {fps}: {expected}")
     split, deployment = None, (0, 0)
     if run is not None:
-        options = runs.read_args(run)
+        options = checkpoints.read_args(run)
         env = env or options["env"]
         split = options.get("split")
         # the world that the finished run's last evaluation saw

@@ -43,9 +43,9 @@ def load(
         raise InputError(
             f"unknown --dataset {dataset!r}: {hint} (or FILE.hdf5, FOLDER, a Minari id)"
         )
-    if ":" in env and not is_file:
+    if ":" in env and named:
         raise InputError(
-            f"--dataset {dataset}: --env {env} has no data, expected FILE.hdf5 or FOLDER"
+            f"--dataset {dataset}: --env {env} has no data, expected FILE.hdf5, FOLDER or Minari id"
         )
     families = {"d4rl": ("mujoco", "maze"), "minari": ("mujoco",)}
     if dataset in families and TASKS[task].family not in families[dataset]:
@@ -79,6 +79,8 @@ def load(
         path = f"mujoco/{files.robot(task)}/{quality}-v0" if dataset == "minari" else dataset
         data, name = readers.read_minari(path), "Minari"
     found = team.lay_out(data, task, vec, str(path))
+    if not is_folder:  # OMAR's have no word for it
+        team.check_lengths(found, vec.max_episode_steps, str(path))
     total = len(found)
     if size is not None and size != total:
         if size > total:

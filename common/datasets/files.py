@@ -1,6 +1,5 @@
 """Files of data: the cache folder, made once among all processes, downloaded once."""
 
-import fcntl
 import hashlib
 import os
 import sys
@@ -11,14 +10,16 @@ from contextlib import contextmanager
 from http.client import HTTPException
 from pathlib import Path
 
+import filelock
 import h5py
+import numpy as np
 from tqdm import tqdm
 
-from common import InputError
+from common import InputError, expanded
 from common.envs.tasks import TASKS
 
-D4RL_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
-D4RL_MAZE_URL = "http://rail.eecs.berkeley.edu/datasets/offline_rl/maze2d/"
+D4RL_URL = "https://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
+D4RL_MAZE_URL = "https://rail.eecs.berkeley.edu/datasets/offline_rl/maze2d/"
 
 
 @contextmanager
@@ -31,29 +32,36 @@ def made_once(path: Path) -> Iterator[Path | None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    while True:
-        with open(partial, "ab") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                note = f"waiting for another process that is making {path}"
-                print(note, file=sys.stderr, flush=True)
-                fcntl.flock(lock, fcntl.LOCK_SH)  # no obstacle to HDF5, which locks what it reads
-                continue
-            if not partial.exists() or not os.path.samestat(os.stat(lock.fileno()), partial.stat()):
-                continue  # another has moved the locked file into place, or taken it away
-            try:
-                yield None if path.exists() else partial
-            finally:
-                if partial.exists() and partial.stat().st_size == 0:
-                    partial.unlink()
-            return
+    lock = filelock.FileLock(path.with_name(path.name + ".lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        note = f"waiting for another process that is making {path}"
+        print(note, file=sys.stderr, flush=True)
+        lock.acquire()
+    except NotImplementedError:
+        pass  # a file system without locks
+    try:
+        yield None if path.exists() else partial
+    finally:
+        if partial.exists() and partial.stat().st_size == 0:
+            partial.unlink()
+        lock.release()
+
+
+def create_column(file: h5py.File, name: str, shape: tuple, dtype, **options) -> None:
+    """A dataset of `shape` rows to fill from the first on, with a checksum for every 256 KiB, which
+    reading compares."""
+    row = max(1, np.dtype(dtype).itemsize * int(np.prod(shape[1:])))
+    rows = min(shape[0], max(1, 2**18 // row))
+    options |= {"chunks": (rows, *shape[1:]), "fletcher32": True}
+    file.create_dataset(name, shape, dtype, **options)
 
 
 def d4rl(task: str, quality: str) -> Path:
     """D4RL's v2 file, of a maze the sparse v1 file, in $D4RL_DATASET_DIR or ~/.d4rl/datasets,
     downloaded first if not there."""
-    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
+    folder = expanded(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
     if TASKS[task].family == "maze":
         url, name = D4RL_MAZE_URL, f"{task}-sparse-v1.hdf5"
     else:
@@ -74,7 +82,12 @@ def download(url: str, path: Path) -> None:
     try:
         with made_once(path) as partial:
             if partial is not None:
-                _fetch(url, path, partial)
+                try:
+                    _fetch(url, path, partial)
+                except urllib.error.URLError:
+                    if not url.startswith("https://rail."):
+                        raise
+                    _fetch(url.replace("https", "http", 1), path, partial)
     except (OSError, HTTPException) as error:
         raise InputError(
             f"cannot download {url}: {error}; or put the file by hand at {path}"
@@ -83,7 +96,7 @@ def download(url: str, path: Path) -> None:
 
 def _fetch(url: str, path: Path, partial: Path) -> None:
     """Continue `partial`, and move it to `path` when it is whole."""
-    start = partial.stat().st_size
+    start = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         response = urllib.request.urlopen(request, timeout=60)

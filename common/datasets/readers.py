@@ -5,7 +5,6 @@ D4RL's layout is one HDF5 file: `observations`, `actions` (all agents' side by s
 another.
 """
 
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +21,70 @@ def open_hdf5(path: Path) -> h5py.File:
         raise InputError(f"no such file: {path}")
     try:
         return h5py.File(path, "r")
-    except OSError as error:
-        raise InputError(f"{path} is no readable HDF5 file (cut short?): {error}") from error
+    except Exception as error:  # h5py raises many kinds
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is no readable HDF5 file (cut short?): {reason}") from error
 
 
 def read_hdf5(path: Path) -> dict[str, np.ndarray]:
     """KEYS, and next_observations where present, in the file's shapes: float32, flags bool."""
-    data = {}
     with open_hdf5(path) as file:
-        missing = [key for key in KEYS if not isinstance(file.get(key), h5py.Dataset)]
-        if missing:
-            raise InputError(
-                f"{path} is not in D4RL's layout: no {', '.join(missing)}; "
-                f"it has {', '.join(file) or 'nothing'}"
-            )
-        for key in (*KEYS, "next_observations"):
-            if key not in file:
-                continue
-            dataset = file[key]
-            is_array = isinstance(dataset, h5py.Dataset) and dataset.shape
-            if not is_array or dataset.dtype.kind not in "fiub":
-                raise InputError(f"{path}: {key} is not an array of numbers")
-            try:
-                if key in ("terminals", "timeouts"):
-                    flags = dataset[...]
-                    if not ((flags == 0) | (flags == 1)).all():
-                        raise InputError(f"{path}: {key} has values other than 0 and 1")
-                    data[key] = flags.astype(bool)
-                else:
-                    data[key] = np.empty(dataset.shape, dtype=np.float32)
-                    if dataset.size:
-                        dataset.read_direct(data[key])
-            except OSError as error:
-                raise InputError(f"{path} cannot be read (damaged?): {error}") from error
+        try:
+            return _read_columns(file, str(path))
+        except (InputError, MemoryError):
+            raise
+        except Exception as error:  # h5py and numpy raise many kinds
+            reason = " ".join(str(error).split())
+            raise InputError(f"{path} cannot be read (damaged?): {reason}") from error
+
+
+def _read_columns(file: h5py.File, where: str) -> dict[str, np.ndarray]:
+    data = {}
+    links = {key: file.get(key, getlink=True) for key in (*KEYS, "next_observations")}
+    missing = [key for key in KEYS if links[key] is None]
+    if missing:
+        found = list(file)
+        others = f" and {len(found) - 5} more" if len(found) > 5 else ""
+        raise InputError(
+            f"{where} is not in D4RL's layout: no {', '.join(missing)}; "
+            f"it has {', '.join(found[:5]) or 'nothing'}{others}"
+        )
+    for key, link in links.items():
+        if link is None:
+            continue
+        if isinstance(link, h5py.ExternalLink):
+            raise InputError(f"{where}: {key} is a link to another file")
+        dataset = file[key]
+        is_array = isinstance(dataset, h5py.Dataset) and dataset.shape
+        if not is_array or dataset.dtype.kind not in "fiub":
+            raise InputError(f"{where}: {key} is not an array of numbers")
+        if dataset.external or dataset.is_virtual:
+            raise InputError(f"{where}: the numbers of {key} are stored in another file")
+        if dataset.size and not _is_written(dataset):
+            raise InputError(f"{where}: {key} was declared with {dataset.shape} and never written")
+        if key in ("terminals", "timeouts"):
+            data[key] = as_flags(dataset[...], f"{where}: {key}")
+        else:
+            data[key] = np.empty(dataset.shape, dtype=np.float32)
+            if dataset.size:
+                dataset.read_direct(data[key])
     return data
+
+
+def _is_written(dataset: h5py.Dataset) -> bool:
+    """Whether all of it has a place in the file; what has none reads as zeros."""
+    if dataset.chunks is None:
+        return dataset.id.get_storage_size() > 0
+    sizes = zip(dataset.shape, dataset.chunks, strict=True)
+    return dataset.id.get_num_chunks() >= np.prod([-(-size // chunk) for size, chunk in sizes])
+
+
+def as_flags(values: np.ndarray, where: str) -> np.ndarray:
+    """bool. Raises InputError for values other than 0 and 1."""
+    values = np.asarray(values)
+    if values.dtype.kind not in "fiub" or not ((values == 0) | (values == 1)).all():
+        raise InputError(f"{where} has values other than 0 and 1")
+    return values.astype(bool)
 
 
 def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
@@ -71,17 +100,29 @@ def read_minari(dataset_id: str) -> dict[str, np.ndarray]:
         except FileNotFoundError:
             dataset = minari.load_dataset(dataset_id, download=True)
         parts = {key: [] for key in (*KEYS, "next_observations")}
-        for episode in dataset.iterate_episodes():
-            if not isinstance(episode.observations, np.ndarray):
-                raise InputError(f"Minari {dataset_id}: observations are not plain arrays")
-            obs = episode.observations.astype(np.float32)
+        for number, episode in enumerate(dataset.iterate_episodes()):
+            where = f"Minari {dataset_id}, episode {number}"
+            arrays = {
+                key: np.asarray(getattr(episode, key))
+                for key in ("observations", "actions", "rewards", "terminations", "truncations")
+            }
+            n = len(arrays["rewards"])
+            for key, array in arrays.items():
+                if array.dtype.kind not in "fiub":
+                    raise InputError(f"{where}: {key} are not arrays of numbers")
+                expected = n + (key == "observations")
+                if len(array) != expected:
+                    raise InputError(f"{where}: {len(array)} {key} for {n} rewards")
+            obs = arrays["observations"].astype(np.float32)
             parts["observations"].append(obs[:-1])
             parts["next_observations"].append(obs[1:])
-            parts["actions"].append(np.asarray(episode.actions, dtype=np.float32))
-            parts["rewards"].append(np.asarray(episode.rewards, dtype=np.float32))
-            parts["terminals"].append(np.asarray(episode.terminations, dtype=bool))
-            timeouts = np.array(episode.truncations, dtype=bool)
+            parts["actions"].append(arrays["actions"].astype(np.float32))
+            parts["rewards"].append(arrays["rewards"].astype(np.float32))
+            terminals, timeouts = (
+                as_flags(arrays[key], f"{where}: {key}") for key in ("terminations", "truncations")
+            )
             timeouts[-1:] = True  # an episode's last row ends it, flagged or not
+            parts["terminals"].append(terminals)
             parts["timeouts"].append(timeouts)
     except InputError:
         raise
@@ -139,10 +180,8 @@ def read_omar(folder: Path, task: str, vec: Any) -> dict[str, np.ndarray]:
         data[key] = np.concatenate(columns, axis=1, dtype=np.float32, casting="unsafe")
     rewards = [array.reshape(n) for array in parts["rewards"]]
     data["rewards"] = np.mean(rewards, axis=0, dtype=np.float64).astype(np.float32)
-    dones = np.stack([array.reshape(n) for array in parts["terminals"]])
-    if not ((dones == 0) | (dones == 1)).all():
-        raise InputError(f"{folder}: dones have values other than 0 and 1")
-    dones = dones.any(axis=0)
+    dones = [array.reshape(n) for array in parts["terminals"]]
+    dones = as_flags(np.stack(dones), f"{folder}: dones").any(axis=0)
     at_limit = np.arange(1, n + 1) % vec.max_episode_steps == 0
     if n % vec.max_episode_steps or (dones & ~at_limit).any():
         at_limit[:] = False
@@ -152,11 +191,11 @@ def read_omar(folder: Path, task: str, vec: Any) -> dict[str, np.ndarray]:
 
 def _read_npy(path: Path) -> np.ndarray:
     """An array of numbers, mapped and not yet read."""
+    if not path.is_file():
+        raise InputError(f"no such file: {path} (OMAR's folders have one per agent)")
     try:
         array = np.load(path, mmap_mode="r")
-    except FileNotFoundError:
-        raise InputError(f"no such file: {path} (OMAR's folders have one per agent)") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # numpy raises many kinds
         raise InputError(f"{path} is no readable array: {error}") from error
     if not isinstance(array, np.ndarray) or not array.ndim or array.dtype.kind not in "fiub":
         raise InputError(f"{path} is not an array of numbers")

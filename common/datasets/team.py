@@ -1,5 +1,6 @@
 """Raw arrays -> one team dataset, checked, and its decentralised split."""
 
+import hashlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,6 +8,8 @@ import numpy as np
 
 from common import InputError
 from common.envs import TASKS
+
+LARGEST = 1e15  # number that a million squares of still have a sum
 
 
 @dataclass
@@ -44,6 +47,13 @@ class TeamDataset:
         ends = np.flatnonzero(self.terminations | self.truncations) + 1
         sums = np.add.reduceat(self.rewards, np.append(0, ends[:-1]), dtype=np.float64)
         return float(sums[:-1].mean() if len(sums) > 1 else sums[0])
+
+    def fingerprint(self) -> str:
+        """Number of rows and a checksum of all of them: of the same data the same."""
+        found = hashlib.blake2b(digest_size=8)
+        for name in ("obs", "actions", "rewards", "next_obs", "terminations", "truncations"):
+            found.update(np.ascontiguousarray(getattr(self, name)))
+        return f"{len(self):,} transitions with checksum {found.hexdigest()}"
 
     def agent(self, i: int) -> dict[str, np.ndarray]:
         """Agent i's own dataset: obs, next_obs (n, obs_dim), its actions (n, action_dim) and no
@@ -107,6 +117,12 @@ def lay_out(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> Tea
         if key not in ("terminals", "timeouts") and not np.isfinite(data[key]).all():
             row = np.flatnonzero(~np.isfinite(data[key].reshape(n, -1)).all(axis=1))[0]
             raise InputError(f"{where}: {key} has a non-finite value in row {row}")
+        if key not in ("terminals", "timeouts") and np.abs(data[key]).max() > LARGEST:
+            row, at = np.unravel_index(np.abs(data[key]).argmax(), data[key].shape)[0], LARGEST
+            raise InputError(
+                f"{where}: {key} has {np.abs(data[key]).max():g} in row {row}; squares of numbers "
+                f"beyond {at:g} are no float32"
+            )
 
     actions = data.pop("actions").reshape(n, num_agents, action_dim)
     excess = np.maximum(vec.action_low - actions.min(axis=0), actions.max(axis=0) - vec.action_high)
@@ -140,8 +156,26 @@ def lay_out(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> Tea
     if vec.discrete:
         _check_discrete(obs, actions, next_obs, where)
     ends = terminations, truncations
-    own = vec.own_obs, vec.own_actions
+    own_actions, pinned = vec.own_actions, vec.action_low == vec.action_high
+    if pinned.any():  # no one moves what cannot move
+        own_actions = ~pinned if own_actions is None else own_actions & ~pinned
+    own = vec.own_obs, own_actions
     return TeamDataset(obs, actions, rewards, next_obs, *ends, where, vec.discrete, *own)
+
+
+def check_lengths(team: TeamDataset, limit: int, where: str) -> None:
+    """Raises InputError where episodes run into one another: one is longer than the task's limit,
+    and no row says that it was cut."""
+    truncations = team.truncations
+    ends = np.flatnonzero(team.terminations | truncations) + 1
+    lengths = np.diff(ends, prepend=0)
+    longest = int(lengths.argmax())
+    if lengths[longest] > limit and not truncations[:-1].any():
+        start = ends[longest] - lengths[longest]
+        raise InputError(
+            f"{where}: {lengths[longest]:,} rows from row {start} on are one episode, the task's "
+            f"have at most {limit:,}: expected timeouts that say where episodes were cut"
+        )
 
 
 def _check_discrete(obs, actions, next_obs, where: str) -> None:

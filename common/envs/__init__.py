@@ -4,6 +4,8 @@
 `parallel_env`.
 """
 
+import os
+
 from common import InputError
 from common.envs import families
 from common.envs.families import family_of, joints
@@ -42,6 +44,8 @@ def make_vec(
     if num_workers is None:
         num_workers = min(free_cores(), num_envs // 2) - 1 if task in TASKS else 0
     is_batched = task in TASKS and TASKS[task].family in BATCHED
+    if os.name != "posix":  # workers inherit an open file
+        num_workers = 0
     if num_workers > 0 and num_envs > 1 and not is_batched:
         return WorkerVecEnv(task, num_envs, seed, split, num_workers)
     return families.make_vec(task, num_envs, seed, split)

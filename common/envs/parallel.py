@@ -12,11 +12,15 @@
   its actions are legal, or a Dict of `observation` and `action_mask`. A dead agent stays until the
   episode ends, with a mask of zeros, and is told to take action 0.
 - An episode has at most the environment's own `max_episode_steps`, or 1000 where it has none.
+- `reference_returns`, where the environment has them, are the returns of score 0 and 100.
 """
 
 import sys
+import traceback
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete
@@ -46,6 +50,34 @@ def find_factory(name: str) -> Callable[..., ParallelEnv]:
     return factory
 
 
+def made(name: str, **options) -> ParallelEnv:
+    """The environment of `package.module:factory`. Raises InputError where the factory fails."""
+    factory = find_factory(name)
+    try:
+        return factory(**options)
+    except (Exception, SystemExit) as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(at.filename).name}, line {at.lineno}"
+        reason = f"{type(error).__name__}: {error} ({where})"
+        hint = "expected a callable that needs no arguments and makes the environment"
+        raise InputError(f"{name}() failed, {reason}\n{hint}") from error
+
+
+def results_of(returned, names: tuple[str, ...], where: str) -> tuple:
+    """What reset or step returned. Raises InputError unless it has those parts, as PettingZoo has
+    them since 1.23."""
+    if not isinstance(returned, tuple) or len(returned) != len(names):
+        kind = f"{len(returned)} parts" if isinstance(returned, tuple) else type(returned).__name__
+        raise InputError(f"{where} returned {kind}, expected ({', '.join(names)})")
+    return returned
+
+
+@cache
+def note(text: str) -> None:
+    """To stderr, once."""
+    print(text, file=sys.stderr)
+
+
 class ParallelTeam:
     """One team for VecEnv, of what `name` makes or of an `env` that is there already.
 
@@ -53,7 +85,7 @@ class ParallelTeam:
     """
 
     def __init__(self, name: str, env: ParallelEnv | None = None):
-        env = find_factory(name)() if env is None else env
+        env = made(name) if env is None else env
         if not isinstance(env, ParallelEnv):
             raise InputError(
                 f"{name!r} made a {type(env).__name__}, expected a pettingzoo.ParallelEnv "
@@ -63,21 +95,21 @@ class ParallelTeam:
         self.agents = list(getattr(env, "possible_agents", []))
         if not self.agents:
             raise InputError(f"{name!r} has no possible_agents, expected the names of its agents")
+        self.spaces = [env.action_space(agent) for agent in self.agents]
+        self.discrete = any(isinstance(space, Discrete) for space in self.spaces)
         for agent in self.agents:
             for kind in ("observation", "action"):
                 space = getattr(env, f"{kind}_space")(agent)
                 what = f"{name!r}: the {kind} space of agent {agent!r} is {space}"
                 if kind == "action" and isinstance(space, Discrete):
                     continue
-                if kind == "observation" and isinstance(space, Dict):
+                if kind == "observation" and isinstance(space, Dict) and self.discrete:
                     if set(space) == {"observation", "action_mask"}:
                         space = space["observation"]
                 if not isinstance(space, Box):
                     raise InputError(f"{what}, expected a Box")
                 if kind == "action" and not space.is_bounded():
                     raise InputError(f"{what}, expected finite bounds")
-        self.spaces = [env.action_space(agent) for agent in self.agents]
-        self.discrete = any(isinstance(space, Discrete) for space in self.spaces)
         seen = [env.observation_space(agent) for agent in self.agents]
         seen = [space["observation"] if isinstance(space, Dict) else space for space in seen]
         self.obs_sizes = [int(np.prod(space.shape)) for space in seen]
@@ -102,11 +134,17 @@ class ParallelTeam:
                 self.action_low[i, : self.action_sizes[i]] = space.low.ravel()
                 self.action_high[i, : self.action_sizes[i]] = space.high.ravel()
         self.own_actions = own_entries(self.action_sizes)
-        self.max_episode_steps = getattr(env, "max_episode_steps", None) or 1000
+        self.max_episode_steps = getattr(env, "max_episode_steps", None)
+        if self.max_episode_steps is None:
+            note(f"{name} has no max_episode_steps: an episode is cut after 1000 steps")
+            self.max_episode_steps = 1000
+        self.reference_returns = getattr(env, "reference_returns", None)
         self.obs = np.zeros((self.num_agents, self.obs_dim), dtype=np.float32)
 
     def reset(self, seed: int | None) -> np.ndarray:
-        observations, _ = self.env.reset(seed=seed)
+        returned = self.env.reset(seed=seed)
+        parts = ("observations", "infos")
+        observations, _ = results_of(returned, parts, f"{self.name!r}: reset")
         missing = [agent for agent in self.agents if agent not in observations]
         if missing:
             raise InputError(
@@ -127,12 +165,24 @@ class ParallelTeam:
             for i, agent in enumerate(self.agents):
                 space, size = self.spaces[i], self.action_sizes[i]
                 own[agent] = actions[i, :size].reshape(space.shape).astype(space.dtype)
-        observations, rewards, terminations, truncations, _ = self.env.step(own)
+        parts = ("observations", "rewards", "terminations", "truncations", "infos")
+        returned = results_of(self.env.step(own), parts, f"{self.name!r}: step")
+        observations, rewards, terminations, truncations, _ = returned
         truncated = any(truncations.values())
         missing = any(agent not in observations for agent in self.agents)
         terminated = any(terminations.values()) or (missing and not truncated)
-        reward = sum(rewards.get(agent, 0.0) for agent in self.agents) / self.num_agents
+        reward = sum(self._reward(rewards.get(agent, 0.0)) for agent in self.agents)
+        reward /= self.num_agents
         return self._fill(observations), reward, terminated, truncated
+
+    def _reward(self, reward) -> float:
+        """A number, or an array of one."""
+        if np.size(reward) != 1:
+            shape = np.shape(reward)
+            raise InputError(
+                f"{self.name!r}: step gave a reward of shape {shape}, expected one number"
+            )
+        return float(np.reshape(reward, ()))
 
     def set_deployment(self, k: int, num_deployments: int) -> None:
         """See `VecEnv.set_deployment`: handed to the environment, if it has this method."""
@@ -160,14 +210,10 @@ def make_vec(task: str, num_envs: int, seed: int) -> VecEnv:
     teams = [ParallelTeam(task) for _ in range(num_envs)]
     for kind, sizes in (("observations", teams[0].obs_sizes), ("actions", teams[0].action_sizes)):
         if len(set(sizes)) > 1:
-            note = (
-                f"{task}: the agents' {kind} have sizes {sizes}, padded with zeros to {max(sizes)}"
-            )
-            print(note, file=sys.stderr)
+            note(f"{task}: the agents' {kind} have sizes {sizes}, padded to {max(sizes)}")
     return VecEnv(teams, seed)
 
 
 def parallel_env(task: str, render_mode: str | None = None) -> ParallelEnv:
     """See `common.envs.parallel_env`; `render_mode`, where given, is handed to the factory."""
-    factory = find_factory(task)
-    return factory() if render_mode is None else factory(render_mode=render_mode)
+    return made(task, **({} if render_mode is None else {"render_mode": render_mode}))

@@ -146,14 +146,20 @@ def win_rate(task: str, returns: list[float]) -> float | None:
     return float(np.mean(np.asarray(returns) >= row.win_return))
 
 
-def normalized_score(task: str, returns: np.ndarray | float, omar_data: bool = False) -> np.ndarray:
+def normalized_score(
+    task: str,
+    returns: np.ndarray | float,
+    omar_data: bool = False,
+    references: tuple[float, float] | None = None,
+) -> np.ndarray:
     """Score of `returns` (any shape): random 0, expert 100; nan where the task has neither.
 
     With `omar_data`, of a run on OMAR's released data: by `OMAR_RETURNS`, where the task is there.
+    `references` are an own task's returns of score 0 and 100.
     """
     check_task(task)
     row = TASKS.get(task)
-    low, high = (row.random_return, row.expert_return) if row else (None, None)
+    low, high = (row.random_return, row.expert_return) if row else references or (None, None)
     if omar_data and task in OMAR_RETURNS:
         low, high = OMAR_RETURNS[task]
     if low is None or high is None:

@@ -22,6 +22,7 @@ class VecEnv:
     # (N, obs_dim) and (N, action_dim) bool: which entries are the agent's own, where the agents'
     # sizes differ and the smaller ones are padded; see `own_entries`
     own_obs = own_actions = None
+    reference_returns: tuple[float, float] | None = None  # of score 0 and 100, of an own task
 
     def __init__(self, teams: Sequence, seed: int):
         self.teams = teams
@@ -34,6 +35,7 @@ class VecEnv:
         self.discrete = getattr(teams[0], "discrete", False)
         self.own_obs = getattr(teams[0], "own_obs", None)
         self.own_actions = getattr(teams[0], "own_actions", None)
+        self.reference_returns = getattr(teams[0], "reference_returns", None)
         unit_box = bool((self.action_low == -1).all() and (self.action_high == 1).all())
         self.unit_box = unit_box or self.discrete  # actions are played as the learners have them
         self.first_seed = seed
@@ -69,7 +71,9 @@ class VecEnv:
         """The inverse of `to_box`."""
         if self.unit_box:
             return actions
-        return 2 * (actions - self.action_low) / (self.action_high - self.action_low) - 1
+        size = self.action_high - self.action_low
+        moved = 2 * (actions - self.action_low) / np.where(size > 0, size, 1) - 1
+        return np.where(size > 0, moved, 0).astype(actions.dtype)  # 0: a joint that is locked
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, ...]:
         """One step of every team with actions (E, N, action_dim).

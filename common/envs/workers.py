@@ -19,11 +19,18 @@ import time
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
+from common import InputError
 from common.envs.families import make_vec
 from common.envs.vec import VecEnv
+
+try:
+    import fcntl
+except ImportError:  # Windows, which has no workers
+    fcntl = None
 
 STEP, CALL = 1, 2
 WORK = "import sys; from common.envs.workers import work; work(*map(int, sys.argv[1:]))"
@@ -51,12 +58,32 @@ def shared_arrays(fd: int, sizes: tuple[int, ...]) -> dict[str, np.ndarray]:
         starts.append(end)
         end += -(-count * np.dtype(kind).itemsize // 64) * 64
     if os.fstat(fd).st_size < end:
-        os.ftruncate(fd, end)
+        allocate = getattr(os, "posix_fallocate", None)  # which tells now that there is no room
+        os.ftruncate(fd, end) if allocate is None else allocate(fd, 0, end)
     memory = mmap.mmap(fd, end)
     return {
         name: np.frombuffer(memory, kind, count, start).reshape(shape)
         for (name, (shape, kind)), count, start in zip(shapes.items(), counts, starts, strict=True)
     }
+
+
+def shared_file(sizes: tuple[int, ...]) -> IO:
+    """A file for `shared_arrays`: in memory, or on disk where the memory for that is full."""
+    for where in ("/dev/shm", None):
+        if where is not None and not os.path.isdir(where):
+            continue
+        file = tempfile.TemporaryFile(dir=where)  # noqa: SIM115
+        if file.fileno() < 3:  # where a standard stream was closed, which a worker's would replace
+            copy = fcntl.fcntl(file.fileno(), fcntl.F_DUPFD, 3)
+            file.close()
+            file = os.fdopen(copy, "r+b")
+        try:
+            shared_arrays(file.fileno(), sizes)
+            return file
+        except OSError as error:
+            file.close()
+            failed = error
+    raise failed
 
 
 def num_cores() -> int:
@@ -116,7 +143,7 @@ class WorkerVecEnv(VecEnv):
     as of `VecEnv`.
 
     The others start at the first reset and end with `close`, or when this process ends.
-    Raises RuntimeError where one of them dies.
+    Raises InputError where one of them ends.
     """
 
     def __init__(self, task: str, num_envs: int, seed: int, split: str | None, num_workers: int):
@@ -137,8 +164,7 @@ class WorkerVecEnv(VecEnv):
         paths = [root, *(path or os.getcwd() for path in sys.path)]  # a user's own task, too
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         sizes = (self.num_envs, self.num_agents, self.obs_dim, self.action_dim, self.num_workers)
-        where = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        with tempfile.TemporaryFile(dir=where) as file:
+        with shared_file(sizes) as file:
             fd = file.fileno()
             self.shared = shared_arrays(fd, sizes)
             for number, share in enumerate(self.shares[1:]):
@@ -176,7 +202,8 @@ class WorkerVecEnv(VecEnv):
             for process in self.processes:
                 if process.poll() is not None:
                     self.close()
-                    raise RuntimeError(f"an environment process died ({process.returncode})")
+                    ended = f"an environment process ended with status {process.returncode}"
+                    raise InputError(f"{ended} (killed? out of memory?)")
 
         wait(lambda: (done[:, 0] == orders[0]).all(), check)
 

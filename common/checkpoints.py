@@ -1,0 +1,132 @@
+"""A run's files that others read: its arguments, its checkpoints."""
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import torch
+
+from common import InputError
+
+FORMAT = 2  # of checkpoints; 1 and before had none
+
+
+def write_beside(path: Path, content: bytes) -> None:
+    """Write `path` as a whole or not at all: beside it first, then renamed."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def read_record(folder: str | Path) -> dict:
+    """What args.json of the run in `folder` holds: args, script, seed and the folders of its seeds.
+
+    Raises:
+        InputError: no run, or not a readable one.
+    """
+    path = Path(folder) / "args.json"
+    try:
+        record = json.loads(path.read_text())
+        record["args"]["seed"]
+        return record
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{folder} is not a run folder: {path} is missing or unreadable") from None
+
+
+def read_args(folder: str | Path) -> dict:
+    """The arguments of the run in `folder`; raises as `read_record`."""
+    return read_record(folder)["args"]
+
+
+def seeds_folders(folder: str | Path) -> list[Path]:
+    """The folders of all the seeds of the run in `folder`, the first seed's first; InputError: no
+    run, or several seeds' whose folders do not have their names any more."""
+    folder, names = Path(folder).resolve(), read_record(folder).get("folders", [])
+    if len(names) < 2:
+        return [folder]  # by whatever name
+    if folder.name not in names:
+        raise InputError(
+            f"{folder} was copied or renamed; the seeds of a run find each other by their names: "
+            f"{names[0]} and {len(names) - 1} more"
+        )
+    return [folder.parent / name for name in names]
+
+
+def read_checkpoint(folder: str, name: str, script: str) -> dict:
+    """A checkpoint's content; `folder` may be any of the folders of a run of several seeds.
+
+    Raises:
+        InputError: missing, damaged, foreign, of another version, or of another script than
+            `script`.
+    """
+    path = seeds_folders(folder)[0] / name
+    if not path.exists():
+        raise InputError(f"{path} does not exist: the run was stopped before it was first written")
+    try:
+        with zipfile.ZipFile(path) as parts:  # torch checks no checksums
+            damaged = parts.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it is damaged")
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+        if not {"agent", "script", "args"} <= set(checkpoint):
+            raise ValueError("keys are missing")
+    except Exception as error:  # zipfile and torch.load raise many kinds
+        first_line = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise InputError(f"{path} is not a readable checkpoint: {first_line}") from None
+    if checkpoint.get("format") != FORMAT:
+        code = read_record(folder).get("code", "eca3235")
+        raise InputError(f"{path} is of another version; continue it with commit {code}")
+    if checkpoint["script"] != script:
+        raise InputError(f"{folder} is a run of {checkpoint['script']}, not {script}")
+    return checkpoint
+
+
+def read_resumed(args, script: str) -> dict:
+    """The checkpoint of --resume.
+
+    Raises:
+        InputError: as `read_checkpoint`, or args.json was changed since it was written.
+    """
+    checkpoint = read_checkpoint(args.resume, "checkpoint.pt", script)
+    check_same(checkpoint["args"], args, set(vars(args)) - {"resume", "dataset"}, "--resume")
+    return checkpoint
+
+
+def read_offline_checkpoint(args, script: str) -> dict:
+    """The offline policy of --offline-checkpoint, trained on the same data for the same seeds; its
+    number of offline updates becomes that of `args`.
+
+    Raises:
+        InputError: as `read_checkpoint`, or trained with other arguments.
+    """
+    checkpoint = read_checkpoint(args.offline_checkpoint, "offline.pt", script)
+    check_same(checkpoint["args"], args, args.SAME_POLICY, "--offline-checkpoint")
+    args.offline_updates = checkpoint["args"]["offline_updates"]
+    return checkpoint
+
+
+def check_same(was: dict, args, names, what: str) -> None:
+    """Raises InputError where an argument differs from the checkpoint's."""
+    for name in sorted(names):
+        before, now = was.get(name), getattr(args, name, None)
+        if before != now:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{what}: the checkpoint was trained with {flag} {before}, not {now}")
+
+
+def check_data(checkpoint: dict, dataset, what: str) -> None:
+    """Raises InputError unless the data is the one that the checkpoint was trained on."""
+    was, now = checkpoint.get("data"), dataset.fingerprint()
+    if was != now:
+        raise InputError(
+            f"{what}: the data is not what it was: {now} in {dataset.source.split(', ')[-1]}, "
+            f"{was} then"
+        )

@@ -1,0 +1,612 @@
+"""Nothing silent, nothing lost: what is refused, in how many words, and how a run goes on."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import otc_td3bc
+from common import InputError, checkpoints, datasets, runs
+from common.datasets import readers
+from common.datasets.files import create_column
+from common.envs import make_vec, workers
+from common.envs.parallel import ParallelTeam
+from tests.helpers import assert_same, only, run, scalars, state_of, tiny
+from tests.tiny_task import ENV, Point
+
+ROOT = Path(__file__).parent.parent
+
+
+def refused(capsys, call, *arguments):
+    """What a run that must end with status 2 says: at most three lines, no traceback."""
+    with pytest.raises(SystemExit) as exit:
+        call(*arguments)
+    said = capsys.readouterr().err
+    assert exit.value.code == 2, said
+    lines = said[said.index("error: ") :].strip().splitlines()
+    assert "Traceback" not in said and len(lines) <= 3 and max(map(len, lines)) <= 520
+    return "\n".join(lines)
+
+
+@pytest.fixture
+def argv(tmp_path, data):
+    return ["--env", ENV, "--dataset", data, *tiny("otc_td3bc"), "--run-dir", tmp_path / "runs"]
+
+
+# --- Numbers that stop being finite ---
+
+
+class NotANumber(Point):
+    """Of one kind, at the 95th step since it was made."""
+
+    kind, count = "obs", 0
+
+    def step(self, actions):
+        obs, rewards, *rest = super().step(actions)
+        self.count += 1
+        if self.count == 95:
+            spoilt = obs if self.kind == "obs" else rewards
+            spoilt["y"] = spoilt["y"] * np.nan
+        return obs, rewards, *rest
+
+
+class NoReward(NotANumber):
+    kind = "reward"
+
+
+@pytest.mark.parametrize("task", [NotANumber, NoReward])
+def test_an_environments_nan_ends_the_run_and_it_can_go_on(
+    tmp_path, monkeypatch, capsys, argv, task
+):
+    argv[1] = f"{__name__}:{task.__name__}"
+    argv += ["--eval-episodes", 1]
+    said = refused(capsys, run, monkeypatch, "otc_td3bc", *argv)
+    kind = "observation" if task is NotANumber else "reward"
+    assert f"gave a {kind} that is not finite (nan)" in said and "continue with --resume" in said
+    folder = only(tmp_path / "runs")
+    monkeypatch.setattr(task, "step", Point.step)
+    run(monkeypatch, "otc_td3bc", "--resume", folder)
+    rows = (folder / "returns.csv").read_text()
+    assert rows.count("\n") == 4 and "nan" not in rows.split("\n", 1)[1].replace(",nan,", ",")
+
+
+def test_a_training_that_diverges_says_so(tmp_path, monkeypatch, capsys, argv):
+    argv += ["--critic-learning-rate", "1e18", "--offline-updates", "400", "--eval-every", "400"]
+    said = refused(capsys, run, monkeypatch, "otc_td3bc", *argv)
+    assert "is not finite after" in said and "seed 1, agent" in said
+
+
+def test_numbers_beyond_float32s_squares_are_refused_by_row(tmp_path, data):
+    path = copy_of(data, tmp_path / "huge.hdf5")
+    with h5py.File(path, "a") as file:
+        file["observations"][17, 0] = -1e25
+    with pytest.raises(InputError, match="observations has 1e.25 in row 17"):
+        datasets.load(ENV, str(path))
+
+
+class Locked(Point):
+    """The second joint's bounds are equal."""
+
+    def action_space(self, agent):
+        from gymnasium.spaces import Box
+
+        return Box(np.array([-2, 0.3], np.float32), np.array([2, 0.3], np.float32))
+
+
+def test_a_joint_that_cannot_move_is_nobodys(tmp_path):
+    n = 40
+    with h5py.File(tmp_path / "locked.hdf5", "w") as file:
+        file["observations"] = file["next_observations"] = np.zeros((n, 2), np.float32)
+        actions = np.random.default_rng(0).uniform(-2, 2, (n, 2, 2)).astype(np.float32)
+        actions[:, :, 1] = 0.3
+        file["actions"] = actions.reshape(n, 4)
+        file["rewards"], file["terminals"] = np.zeros(n), np.zeros(n)
+        file["timeouts"] = np.arange(n) % 20 == 19
+    name = f"{__name__}:Locked"
+    team, vec = datasets.load(name, str(tmp_path / "locked.hdf5")), make_vec(name, 1, 0)
+    np.testing.assert_allclose(team.actions[:, :, 0], actions[:, :, 0] / 2, atol=1e-6)
+    assert (team.actions[:, :, 1] == 0).all() and team.own_actions.tolist() == [[True, False]] * 2
+    np.testing.assert_allclose(vec.to_box(team.actions), actions, atol=1e-6)
+
+
+def copy_of(data, path):
+    path.write_bytes(Path(data).read_bytes())
+    return path
+
+
+def test_a_single_transition_has_finite_scales(tmp_path, monkeypatch, argv):
+    argv += ["--dataset-size", 1, "--deployments", 0]
+    run(monkeypatch, "otc_td3bc", *argv)
+    agent = state_of(only(tmp_path / "runs") / "checkpoint.pt")["agent"]
+    assert agent["obs_std"].flatten().tolist() == pytest.approx([1e-3] * 4)
+
+
+# --- What a run depends on ---
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch, argv):
+    """A finished run's folder, and its arguments; its checkpoint is that before the last return."""
+    run(monkeypatch, "otc_td3bc", *argv)
+    return only(tmp_path / "runs")
+
+
+def test_other_data_is_refused_and_data_that_has_moved_is_not(
+    tmp_path, monkeypatch, capsys, data, argv
+):
+    mine = copy_of(data, tmp_path / "mine.hdf5")
+    argv[3] = mine
+    run(monkeypatch, "otc_td3bc", *argv)
+    folder = only(tmp_path / "runs")
+    moved = mine.rename(tmp_path / "moved.hdf5")
+    refused(capsys, run, monkeypatch, "otc_td3bc", "--resume", folder)  # no such file
+    run(monkeypatch, "otc_td3bc", "--resume", folder, "--dataset", moved)
+    start = ["--offline-checkpoint", folder, "--run-dir", tmp_path / "more", *argv[4:-2]]
+    run(monkeypatch, "otc_td3bc", *start, "--dataset", moved)
+    with h5py.File(moved, "a") as file:
+        file["rewards"][500] += 0.01
+    for flags in (["--resume", folder], start):
+        said = refused(capsys, run, monkeypatch, "otc_td3bc", *flags, "--dataset", moved)
+        assert "the data is not what it was: 1,000 transitions with checksum" in said
+
+
+def test_a_flipped_bit_is_found_or_does_not_matter(stopped):
+    """Of 120 flipped bits all over the file; torch itself checks no checksum."""
+    path, random = stopped / "checkpoint.pt", np.random.default_rng(0)
+    whole = path.read_bytes()
+    true, found = checkpoints.read_checkpoint(stopped, "checkpoint.pt", "otc_td3bc"), 0
+    for bit in random.integers(0, 8 * len(whole), 120).tolist():
+        spoilt = bytearray(whole)
+        spoilt[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(spoilt)
+        try:
+            state = checkpoints.read_checkpoint(stopped, "checkpoint.pt", "otc_td3bc")
+        except InputError as error:
+            assert len(str(error)) < 400
+            found += 1
+        else:
+            assert_same(state, true)
+    assert found > 60
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(stopped, monkeypatch, capsys):
+    """An optimiser's too, whose fused step would read beyond the end of its memory."""
+    path = stopped / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    moments = state["agent"]["_extra_state"][0]["state"][0]
+
+    def spoil_moments(state):
+        state["agent"]["_extra_state"][0]["state"][0] = {
+            name: x[..., :1].contiguous() if x.dim() else x for name, x in moments.items()
+        }
+
+    def spoil_replay(state):
+        state["replay"]["rewards"] = state["replay"]["rewards"][..., :1]
+
+    def spoil_progress(state):
+        state["progress"] = (1, 2)
+
+    for spoil in (spoil_moments, spoil_replay, spoil_progress):
+        its = torch.load(path, weights_only=True)
+        spoil(its)
+        whole = path.read_bytes()
+        torch.save(its, path)
+        said = refused(capsys, run, monkeypatch, "otc_td3bc", "--resume", stopped)
+        assert "does not fit" in said, said
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "what"),
+    [
+        ("gamma", 0.5, "the checkpoint was trained with --gamma 0.99, not 0.5"),
+        ("seed", "1", "seed is '1'"),
+        ("sampling", "both", "sampling is 'both'"),
+        ("batch_size", None, "batch_size is None"),
+        ("dataset", ["a"], r"dataset is \['a'\]"),
+    ],
+)
+def test_args_json_may_not_differ_from_the_checkpoint(
+    stopped, monkeypatch, capsys, name, value, what
+):
+    record = json.loads((stopped / "args.json").read_text())
+    record["args"][name] = value
+    (stopped / "args.json").write_text(json.dumps(record))
+    said = refused(capsys, run, monkeypatch, "otc_td3bc", "--resume", stopped)
+    assert what.replace("\\", "") in said
+
+
+def test_two_processes_do_not_write_one_run(stopped, monkeypatch, capsys):
+    code = (
+        "import filelock, sys, time\n"
+        f"with filelock.FileLock({str(stopped / '.lock')!r}):\n"
+        "    print('held', flush=True)\n    time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        said = refused(capsys, run, monkeypatch, "otc_td3bc", "--resume", stopped)
+        assert "is being written by another process" in said
+    finally:
+        other.kill()
+        other.wait()
+    run(monkeypatch, "otc_td3bc", "--resume", stopped)
+
+
+# --- Data files ---
+
+
+def declared(file, name, shape):
+    del file[name]
+    file.create_dataset(name, shape, "f4", chunks=(10, *shape[1:]))
+
+
+def half_written(file, name, shape):
+    declared(file, name, shape)
+    file[name][: shape[0] // 2] = 1
+
+
+def linked(file, name, shape):
+    del file[name]
+    file[name] = h5py.ExternalLink("other.hdf5", name)
+
+
+def outside(file, name, shape):
+    del file[name]
+    place = Path(file.filename).with_name("raw")
+    place.write_bytes(bytes(4 * int(np.prod(shape))))
+    file.create_dataset(name, shape, "f4", external=[(str(place), 0, h5py.h5f.UNLIMITED)])
+
+
+def virtual(file, name, shape):
+    del file[name]
+    layout = h5py.VirtualLayout(shape, "f4")
+    layout[:] = h5py.VirtualSource("gone.hdf5", name, shape)
+    file.create_virtual_dataset(name, layout)
+
+
+@pytest.mark.parametrize("spoil", [declared, half_written, linked, outside, virtual])
+def test_numbers_that_are_not_in_the_file_are_refused(tmp_path, data, spoil):
+    path = copy_of(data, tmp_path / "spoilt.hdf5")
+    with h5py.File(path, "a") as file:
+        spoil(file, "rewards", file["rewards"].shape)
+    with pytest.raises(InputError, match="rewards (was declared|is a link)|numbers of rewards"):
+        datasets.load(ENV, str(path))
+
+
+def test_episodes_that_run_into_one_another_are_refused(tmp_path, data):
+    path = copy_of(data, tmp_path / "long.hdf5")
+    with h5py.File(path, "a") as file:
+        file["timeouts"][...] = 0
+    with pytest.raises(InputError, match="rows from row 0 on are one episode.* at most 20"):
+        datasets.load(ENV, str(path))
+
+
+def test_a_damaged_built_in_file_is_found(tmp_path):
+    path = tmp_path / "data.hdf5"
+    values = np.random.default_rng(0).normal(size=(5000, 7)).astype(np.float32)
+    with h5py.File(path, "w") as file:
+        create_column(file, "values", values.shape, values.dtype)
+        file["values"][...] = values
+        where, size = file["values"].id.get_chunk_info(0).byte_offset, values.nbytes
+        assert np.array_equal(file["values"][...], values)
+    content = bytearray(path.read_bytes())
+    content[where + size // 3] ^= 4
+    path.write_bytes(content)
+    with h5py.File(path) as file, pytest.raises(OSError, match="checksum|filter"):
+        file["values"][...]
+
+
+class Episode:
+    def __init__(self, **changes):
+        self.observations, self.actions = np.zeros((4, 2)), np.zeros((3, 2))
+        self.rewards, self.terminations = np.zeros(3), np.zeros(3)
+        self.truncations = np.zeros(3)
+        vars(self).update(changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"terminations": np.full(3, 2.5)}, "episode 1: terminations has values other than 0"),
+        ({"truncations": np.array(["no"] * 3)}, "episode 1: truncations are not arrays of numbers"),
+        ({"terminations": np.full(3, np.nan)}, "episode 1: terminations has values other"),
+        ({"actions": np.zeros((4, 2))}, "episode 1: 4 actions for 3 rewards"),
+        ({"observations": np.zeros((3, 2))}, "episode 1: 3 observations for 3 rewards"),
+    ],
+)
+def test_minaris_episodes_are_checked(monkeypatch, changes, what):
+    minari = pytest.importorskip("minari")
+
+    class Dataset:
+        def iterate_episodes(self):
+            return iter([Episode(), Episode(**changes)])
+
+    monkeypatch.setattr(minari, "load_dataset", lambda name: Dataset())
+    with pytest.raises(InputError, match=what):
+        readers.read_minari("own/task-v0")
+
+
+# --- Own tasks ---
+
+
+class NeedsArguments(Point):
+    def __init__(self, size):
+        self.size = size
+
+
+class Exits(Point):
+    def __init__(self):
+        raise SystemExit(3)
+
+
+class OldReset(Point):
+    def reset(self, seed=None, options=None):
+        return super().reset(seed, options)[0]
+
+
+class OldStep(Point):
+    def step(self, actions):
+        obs, rewards, _, truncations, infos = super().step(actions)
+        return obs, rewards, truncations, infos
+
+
+class ManyRewards(Point):
+    def step(self, actions):
+        obs, rewards, *rest = super().step(actions)
+        return obs, dict.fromkeys(rewards, np.zeros(3)), *rest
+
+
+class ArrayReward(Point):
+    def step(self, actions):
+        obs, rewards, *rest = super().step(actions)
+        return obs, dict.fromkeys(rewards, np.array([0.25], np.float32)), *rest
+
+
+@pytest.mark.parametrize(
+    ("task", "what"),
+    [
+        (NeedsArguments, "NeedsArguments.. failed, TypeError: .*size.*\n.*needs no arguments"),
+        (Exits, "failed, SystemExit: 3"),
+        (OldReset, r"reset returned dict, expected \(observations, infos\)"),
+        (OldStep, r"step returned 4 parts, expected \(observations, rewards, terminations"),
+        (ManyRewards, r"step gave a reward of shape \(3,\), expected one number"),
+    ],
+)
+def test_tasks_that_cannot_be_used_are_refused_in_words(task, what):
+    with pytest.raises(InputError, match=what):
+        team = ParallelTeam(f"{__name__}:{task.__name__}")
+        team.reset(0)
+        team.step(np.zeros((2, 1)))
+
+
+def test_a_reward_may_be_an_array_of_one():
+    team = ParallelTeam(f"{__name__}:ArrayReward")
+    team.reset(0)
+    assert team.step(np.zeros((2, 1)))[1] == 0.25
+
+
+def test_the_example_of_an_own_task_trains(tmp_path, monkeypatch, capsys):
+    from examples.own_task import write_data
+
+    write_data(tmp_path / "carts.hdf5", episodes=40)
+    argv = ["--env", "examples.own_task:Carts", "--dataset", tmp_path / "carts.hdf5"]
+    argv += [*tiny("otc_td3bc"), "--run-dir", tmp_path / "runs"]
+    run(monkeypatch, "otc_td3bc", *argv)
+    rows = list(csv.DictReader((only(tmp_path / "runs") / "returns.csv").open()))
+    for row in rows:
+        expected = 100 * (float(row["mean_return"]) + 49) / 40
+        assert float(row["normalized_score"]) == pytest.approx(expected)
+    assert "max_episode_steps" not in capsys.readouterr().err
+
+
+class Endless(Point):
+    max_episode_steps = None
+
+    def step(self, actions):
+        self.time = -1
+        return super().step(actions)
+
+
+def test_a_limit_that_is_assumed_is_said_once(capsys):
+    for _ in range(3):
+        vec = make_vec(f"{__name__}:Endless", 1, 0)
+    assert vec.max_episode_steps == 1000
+    assert capsys.readouterr().err.count("no max_episode_steps: an episode is cut after 1000") == 1
+
+
+# --- Stops and streams ---
+
+
+def handlers():
+    return [signal.getsignal(getattr(signal, name)) for name in runs.SIGNALS]
+
+
+def test_main_gives_the_signals_back(tmp_path, argv, data):
+    def args(**changes):
+        quick = {"offline_updates": 20, "deployments": 1, "deployment_steps": 40, "references": 20}
+        quick |= {"finetune_updates": 5, "eval_episodes": 1, "hidden_size": 8, "candidates": 32}
+        quick |= {"distance_candidates": 50, "run_dir": str(tmp_path / "r"), "device": "cpu"}
+        return otc_td3bc.Args(**({"env": ENV, "dataset": str(data)} | quick | changes))
+
+    before = handlers()
+    with contextlib.redirect_stdout(io.StringIO()):
+        otc_td3bc.main(args())
+    assert handlers() == before
+    with contextlib.redirect_stdout(io.StringIO()), pytest.raises(InputError, match="not finite"):
+        otc_td3bc.main(args(env=f"{__name__}:NotANumber", offline_updates=200, eval_every=20))
+    assert handlers() == before
+    failed = []
+
+    def in_thread():
+        try:
+            otc_td3bc.main(args())
+        except BaseException as error:
+            failed.append(error)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        thread = threading.Thread(target=in_thread)
+        thread.start()
+        thread.join()
+    assert not failed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_stop_amid_an_offline_evaluation_is_heard_and_nothing_is_lost(
+    tmp_path, monkeypatch, argv, number
+):
+    """Equal to the undisturbed run, each point of TensorBoard once."""
+    slow = [*argv, "--offline-updates", 60, "--eval-every", 30]
+    run(monkeypatch, "otc_td3bc", *slow[:-4], "--run-dir", tmp_path / "whole")
+    steps, step = [], Point.step
+
+    def interrupting(self, actions):
+        steps.append(1)
+        if len(steps) == 25:  # amid the first evaluation
+            os.kill(os.getpid(), number)
+        return step(self, actions)
+
+    monkeypatch.setattr(Point, "step", interrupting)
+    with pytest.raises(SystemExit) as exit:
+        run(monkeypatch, "otc_td3bc", *slow[:-4])
+    assert exit.value.code == 128 + number and len(steps) < 30
+    monkeypatch.setattr(Point, "step", step)
+    folder = only(tmp_path / "runs")
+    run(monkeypatch, "otc_td3bc", "--resume", folder)
+    whole = only(tmp_path / "whole")
+    assert (folder / "returns.csv").read_text() == (whole / "returns.csv").read_text()
+    assert_same(state_of(folder / "checkpoint.pt"), state_of(whole / "checkpoint.pt"))
+    found, expected = (
+        {tag: values for tag, values in scalars(x).items() if not tag.startswith("time/")}
+        for x in (folder, whole)
+    )
+    assert_same(found, expected)
+
+
+def test_a_full_disk_ends_in_words_and_leaves_the_last_checkpoint(
+    tmp_path, monkeypatch, capsys, argv
+):
+    written, replace = [], os.replace
+
+    def full(source, target):
+        written.append(target)
+        if len(written) == 4:
+            raise OSError(28, "No space left on device", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    said = refused(capsys, run, monkeypatch, "otc_td3bc", *argv)
+    folder = only(tmp_path / "runs")
+    assert "No space left on device" in said and f"continue with --resume {folder}" in said
+    assert not list(folder.glob("*.partial"))
+    monkeypatch.setattr(os, "replace", replace)
+    run(monkeypatch, "otc_td3bc", "--resume", folder)
+    assert (folder / "returns.csv").read_text().count("\n") == 4
+
+
+def process(argv, **options):
+    command = [sys.executable, str(ROOT / "otc_td3bc.py"), *map(str, argv)]
+    return subprocess.Popen(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True, **options
+    )
+
+
+def test_streams_may_be_closed(tmp_path, argv):
+    """None, or one that nobody reads any more, ends the run in a line or not at all."""
+    for streams in ("<&- >&- 2>&-", "2>&-", "<&-"):
+        command = " ".join(map(str, [sys.executable, ROOT / "otc_td3bc.py", *argv]))
+        command += f" --run-dir {tmp_path / str(len(streams))} --env-workers 1 {streams}"
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(["bash", "-c", command], capture_output=True, env=env)
+        assert done.returncode == 0, (streams, done.stderr)
+        assert (only(tmp_path / str(len(streams))) / "returns.csv").read_text().count("\n") == 4
+    its = process(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    its.stdout.close()
+    said = its.stderr.read()
+    assert its.wait() == 2 and "Traceback" not in said and "BrokenPipe" in said
+
+
+def test_a_worker_that_is_killed_ends_the_run_in_words():
+    vec = make_vec(ENV, 4, 0, num_workers=1)
+    try:
+        vec.reset()
+        vec.processes[0].kill()
+        with pytest.raises(InputError, match="an environment process ended with status -9"):
+            for _ in range(3):
+                vec.step(np.zeros((4, 2, 1), np.float32))
+    finally:
+        vec.close()
+
+
+def test_a_full_shared_memory_is_replaced_by_the_disk(monkeypatch):
+    allocate, tried = os.posix_fallocate, []
+
+    def full(fd, start, size):
+        tried.append(fd)
+        if len(tried) == 1:
+            raise OSError(28, "No space left on device")
+        allocate(fd, start, size)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    vec = make_vec(ENV, 4, 0, num_workers=1)
+    try:
+        assert vec.reset().shape == (4, 2, 2) and len(tried) == 2
+    finally:
+        vec.close()
+
+
+def test_a_worker_whose_parent_is_killed_ends():
+    code = (
+        "from common.envs import make_vec\nimport time\n"
+        f"vec = make_vec({ENV!r}, 4, 0, num_workers=1)\nvec.reset()\n"
+        "print(vec.processes[0].pid, flush=True)\ntime.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(100):
+        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text():
+            return
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail("it waits for ever")
+
+
+def test_where_no_process_can_be_shared_with_there_is_one(monkeypatch):
+    monkeypatch.setattr("common.envs.os.name", "nt")
+    assert not isinstance(make_vec(ENV, 4, 0, num_workers=2), workers.WorkerVecEnv)
+
+
+def test_no_home_is_said(monkeypatch):
+    from common import expanded
+
+    with pytest.raises(InputError, match="~nobody_here/x"):
+        expanded("~nobody_here/x")
+
+
+def test_long_messages_are_cut(capsys):
+    from common.cli import say
+
+    say("x" * 30_000)
+    assert len(capsys.readouterr().err) < 600
+
+
+def test_without_deployments_the_table_shows_one_policy(monkeypatch, capsys, argv):
+    run(monkeypatch, "otc_td3bc", *argv, "--deployments", 0)
+    table = capsys.readouterr().out.split("\n\n")[-2]
+    assert "improvement" not in table and table.split()[:3] == ["seed", "pi^0", "score"]
