@@ -76,7 +76,7 @@ def read_checkpoint(folder: str, name: str, script: str) -> dict:
         if damaged is not None:
             raise ValueError(f"{damaged} in it is damaged")
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-        if not {"agent", "script", "args"} <= set(checkpoint):
+        if not {"agent", "script"} <= set(checkpoint):
             raise ValueError("keys are missing")
     except Exception as error:  # zipfile and torch.load raise many kinds
         first_line = str(error).splitlines()[0][:100] if str(error) else type(error).__name__

@@ -69,7 +69,8 @@ class Training:
                 if resumed is not None:
                     strategy.load_state_dict(checkpoint["strategy"])
                     self.replay.load_state_dict(checkpoint["replay"])
-                self.phase, self.done, self.evaluated = checkpoint["progress"]
+                self.phase, self.done = checkpoint["progress"]
+                self.evaluated = checkpoint["evaluated"]
                 set_rng_state(checkpoint["rng"], self.device)
             except (RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
                 reason = " ".join(str(error).split())[:200]
@@ -85,7 +86,8 @@ class Training:
             "agent": self.agent.state_dict(),
             "strategy": self.strategy.state_dict(),
             "replay": self.replay.state_dict(),
-            "progress": (self.phase, self.done, self.evaluated),
+            "progress": (self.phase, self.done),
+            "evaluated": self.evaluated,
             "data": self.data,
             "rng": get_rng_state(self.device),
         }

@@ -1,5 +1,6 @@
 """A run's folder: TensorBoard, returns.csv, checkpoints; its progress and closing table."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -10,7 +11,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -179,7 +179,7 @@ class Run:
         if self.at_stop is not None:
             self.stop_if_asked(self.at_stop)
 
-    @contextmanager
+    @contextlib.contextmanager
     def stops_at_once(self, save: Callable = lambda: None) -> Iterator[None]:
         """What is inside is made again by the resumed run, which goes on from what `save` saves."""
         self.stop_if_asked(save)
@@ -187,7 +187,7 @@ class Run:
         yield
         self.at_stop = None
 
-    @contextmanager
+    @contextlib.contextmanager
     def closed_on_error(self) -> Iterator[None]:
         """Whoever catches what is raised inside finds signals and the folder free again."""
         try:
@@ -329,7 +329,10 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
-        self.lock.release()
+        if self.lock.is_locked:
+            with contextlib.suppress(OSError):  # Windows keeps what is open
+                os.unlink(self.lock.lock_file)
+            self.lock.release()
         if self.args.track:
             import wandb
 

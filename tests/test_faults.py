@@ -196,7 +196,7 @@ def test_a_checkpoint_of_other_shapes_is_refused(stopped, monkeypatch, capsys):
         state["replay"]["rewards"] = state["replay"]["rewards"][..., :1]
 
     def spoil_progress(state):
-        state["progress"] = (1, 2)
+        state["progress"] = (1, 2, 3)
 
     for spoil in (spoil_moments, spoil_replay, spoil_progress):
         its = torch.load(path, weights_only=True)
