@@ -26,7 +26,7 @@ class Range:
     at least 1 and others at least 0."""
 
     least: float = 0
-    most: float = 2**63 - 1
+    most: float = 10**9
     open: bool = False
     """more than `least`"""
 
@@ -60,7 +60,7 @@ class OfflineArgs:
     split: str | None = None
     """partition of the joints as AGENTSxJOINTS, such as 1x6 or 6x1; default: the task's own"""
     # Training arguments
-    seed: Natural = 1
+    seed: Annotated[int, Range(0, 2**63 - 1)] = 1
     """first seed"""
     num_seeds: int = 1
     """seeds `seed ... seed+num_seeds-1`, trained together and logged as separate runs"""
@@ -161,8 +161,9 @@ def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None
         say("interrupted")
         sys.exit(130)
     except Exception as error:
-        if isinstance(error, RuntimeError) and "alloc" in str(error):  # torch's
-            error = MemoryError(str(error).splitlines()[0])
+        text = str(error)
+        if isinstance(error, RuntimeError) and ("alloc" in text or "overflow" in text):  # torch's
+            error = MemoryError(text.splitlines()[0])
         if not isinstance(error, InputError | OSError | MemoryError):
             raise
         if isinstance(error, BrokenPipeError):  # nobody reads on: nor may the last flush fail
