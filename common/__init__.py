@@ -1,11 +1,13 @@
 """What the scripts share: environments, datasets, replay, the OTC sampler and run folders."""
 
+import contextlib
 import difflib
 import os
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
+import filelock
 import platformdirs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +32,14 @@ def code_version() -> str:
     except OSError:
         return "unknown"
     return found.stdout.strip() or "unknown"
+
+
+def release(lock: filelock.BaseFileLock) -> None:
+    """Give a lock back, and take its file away first: who waits for it looks for a new one."""
+    if lock.is_locked:
+        with contextlib.suppress(OSError):  # Windows keeps what is open
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def cache_dir() -> Path:

@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from common import InputError, code_version
+from common import InputError, code_version, release
 from common.checkpoints import FORMAT, seeds_folders, write_beside
 from common.datasets import is_omar, parse_env
 from common.envs.tasks import normalized_score, win_rate
@@ -329,10 +329,7 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}
-        if self.lock.is_locked:
-            with contextlib.suppress(OSError):  # Windows keeps what is open
-                os.unlink(self.lock.lock_file)
-            self.lock.release()
+        release(self.lock)
         if self.args.track:
             import wandb
 

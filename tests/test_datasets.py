@@ -272,7 +272,7 @@ def remove(*names):
         (replace_by("obs_2.npy", np.zeros((100, 11))), r"obs_2.npy has shape \(100, 11\), expec"),
         (replace_by("acs_0.npy", np.zeros((100, 5))), r"shape \(100, 5\), expected \(100, 2\)"),
         (replace_by("rews_1.npy", np.zeros(99)), r"rews_1.npy has shape \(99,\), expected"),
-        (replace_by("dones_2.npy", np.full(100, 0.5)), "dones have values other than 0 and 1"),
+        (replace_by("dones_2.npy", np.full(100, 0.5)), "dones has values other than 0 and 1"),
         (replace_by("acs_0.npy", np.full((100, 2), 0.2)), "leave the box .* by up to 0.1"),
         (replace_by("obs_0.npy", np.full((100, 12), np.nan)), "observations has a non-finite"),
         (replace_by("rews_0.npy", np.full(100, "x")), "rews_0.npy is not an array of numbers"),

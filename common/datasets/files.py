@@ -15,7 +15,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from common import InputError, expanded
+from common import InputError, expanded, release
 from common.envs.tasks import TASKS
 
 D4RL_URL = "https://rail.eecs.berkeley.edu/datasets/offline_rl/gym_mujoco_v2/"
@@ -46,7 +46,7 @@ def made_once(path: Path) -> Iterator[Path | None]:
     finally:
         if partial.exists() and partial.stat().st_size == 0:
             partial.unlink()
-        lock.release()
+        release(lock)
 
 
 def create_column(file: h5py.File, name: str, shape: tuple, dtype, **options) -> None:
