@@ -35,7 +35,7 @@ def code_version() -> str:
 
 
 def release(lock: filelock.BaseFileLock) -> None:
-    """Give a lock back, and take its file away first: who waits for it looks for a new one."""
+    """Give a lock back, and take its file away."""
     if lock.is_locked:
         with contextlib.suppress(OSError):  # Windows keeps what is open
             os.unlink(lock.lock_file)

@@ -81,11 +81,11 @@ def read_checkpoint(folder: str, name: str, script: str) -> dict:
     except Exception as error:  # zipfile and torch.load raise many kinds
         first_line = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise InputError(f"{path} is not a readable checkpoint: {first_line}") from None
+    if checkpoint["script"] != script:
+        raise InputError(f"{folder} is a run of {checkpoint['script']}, not {script}")
     if checkpoint.get("format") != FORMAT:
         code = read_record(folder).get("code", "eca3235")
         raise InputError(f"{path} is of another version; continue it with commit {code}")
-    if checkpoint["script"] != script:
-        raise InputError(f"{folder} is a run of {checkpoint['script']}, not {script}")
     return checkpoint
 
 
