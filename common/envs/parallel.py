@@ -210,7 +210,9 @@ def make_vec(task: str, num_envs: int, seed: int) -> VecEnv:
     teams = [ParallelTeam(task) for _ in range(num_envs)]
     for kind, sizes in (("observations", teams[0].obs_sizes), ("actions", teams[0].action_sizes)):
         if len(set(sizes)) > 1:
-            note(f"{task}: the agents' {kind} have sizes {sizes}, padded to {max(sizes)}")
+            note(
+                f"{task}: the agents' {kind} have sizes {sizes}, padded with zeros to {max(sizes)}"
+            )
     return VecEnv(teams, seed)
 
 
