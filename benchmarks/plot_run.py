@@ -47,7 +47,9 @@ def main(args: Args) -> None:
     means = [float(row["mean_return"]) for row in rows]
     stds = [float(row["std_return"]) for row in rows]
     right.errorbar(deployments, means, yerr=stds, marker="o", markersize=3, capsize=2)
-    right.set(xlabel="deployments fine-tuned on", title=f"{options['sampling']} fine-tuning")
+    right.set(
+        xlabel="deployments fine-tuned on", title=f"{options.get('sampling', 'no')} fine-tuning"
+    )
     figure.suptitle(f"{options['env']}, seed {options['seed']}", fontsize=10)
     figure.tight_layout()
     figure.savefig(args.figure, dpi=120)

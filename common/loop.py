@@ -138,10 +138,11 @@ class Training:
             kind = getattr(agent, "kind", None)
             kind_of = None if kind is None else lambda number: kind(number, offline)
             self.captured = Graphed(update, self.graph, kind_of)
+        before = 0
         if offline:  # a resumed run's, stopped amid it
             self._evaluate_offline()
-        finetuned = (self.phase - 1) * args.finetune_updates
-        before = 0 if offline else args.offline_updates + finetuned
+        else:
+            before = args.offline_updates + (self.phase - 1) * args.finetune_updates
         for number in run.updates(name, self.done, stop):
             losses, self.done = self.captured(number), number
             if number % args.log_every == 0 or number == stop:

@@ -136,6 +136,7 @@ FLAGS = {
     "otc_bremen": "--num-models 2 --clone-updates 40 --improve-every 10 --rollouts 8 "
     "--rollout-length 4 --value-updates 3 --cg-iterations 3",
     "omar": "--sampler-samples 3 --num-penalty-actions 3",
+    "omsd": "--policy-updates 20 --denoiser-size 8",
 }
 
 
@@ -156,6 +157,8 @@ SCRIPTS = {
     for path in sorted(ROOT.glob("*.py"))
 }
 WITH_OTC = [script for script in SCRIPTS if hasattr(importlib.import_module(script), "OTC")]
+# Those that train a team together; alone they get teams of one agent, one per group
+CENTRAL = ["omsd"]
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 every_otc_script = pytest.mark.parametrize("script", WITH_OTC)
 # Those with twin critics and their targets, and those whose observations are numbers with a scale
@@ -166,6 +169,10 @@ WITH_SCALES = ["otc_awac", "otc_cql", "otc_td3bc", "omar", "icq"]
 def make(script, G, device="cpu", **options):
     """A small learner, and the kinds that its updates have: a function of their number."""
     module = importlib.import_module(script)
+    if script in CENTRAL:
+        options = {"num_seeds": G, **options}
+    if script == "omsd":
+        options = {"offline_updates": 20, "policy_updates": 12, "denoiser_size": 8, **options}
     if script == "otc_bremen":
         options = {"num_models": 2, "clone_updates": 8, "improve_every": 4, **options}
         # Few iterations: a converged conjugate gradient amplifies rounding.

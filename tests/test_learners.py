@@ -11,7 +11,9 @@ from common import strategies
 from common.device import Graphed, multiply_by_onednn
 from common.replay import Replay
 from tests.helpers import (
+    CENTRAL,
     OBS_DIM,
+    SCRIPTS,
     WITH_OTC,
     WITH_SCALES,
     WITH_TARGETS,
@@ -82,7 +84,7 @@ def test_a_group_trains_in_the_stack_as_it_does_alone(monkeypatch, script):
     assert still <= {"log_factor"}  # CQL's, which only --lagrange moves
 
 
-@every_script
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in CENTRAL])
 def test_other_agents_actions_do_not_matter_bit_for_bit(script):
     trained = []
     for spoil in (False, True):

@@ -17,6 +17,7 @@ FIRST_ROWS = {
     ("hopper", "medium-replay"): (1, 16.144),
     ("walker2d", "random"): (1, 63.7161),
     ("maze2d-umaze", ""): (1, 1.975),
+    ("bandit-3", ""): (1, 598.58),
     ("predator-prey", "random"): (1, 8.43977),
     ("wind", "random"): (1, 12.7202),
     ("navigation", "random"): (1, 18.1139),

@@ -248,7 +248,7 @@ def test_a_maze_has_one_set_without_a_quality(made, tmp_path, monkeypatch):
     assert team.obs.shape == (2500, 1, 4) and team.actions.shape == (2500, 1, 2)
     assert team.truncations.sum() == read(path)["timeouts"].sum()
     for env, message in [
-        ("maze2d-umaze-medium", "a maze has one set of data, expected --env maze2d-umaze"),
+        ("maze2d-umaze-medium", "maze2d-umaze has one set of data, expected --env maze2d-umaze"),
         ("maze2d-umze", "unknown task 'maze2d-umze'.*did you mean maze2d-umaze"),
         ("maze2d", "unknown task 'maze2d'"),
     ]:

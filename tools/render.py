@@ -124,7 +124,8 @@ def render(env: str | None, run: str | None, out: Path, steps: int, seed: int, f
         env = env or options["env"]
         split = options.get("split")
         # the world that the finished run's last evaluation saw
-        deployment = options["deployments"] + 1, options["deployments"]
+        last = options.get("deployments", 0)
+        deployment = last + 1, last
     if env is None:
         raise InputError("which task? --env TASK, or --run RUN")
     task = parse_env(env)[0]

@@ -50,7 +50,7 @@ def load(
     families = {"d4rl": ("mujoco", "maze"), "minari": ("mujoco",)}
     if dataset in families and TASKS[task].family not in families[dataset]:
         raise InputError(f"--dataset {dataset} has no data of {task}: expected built-in or a file")
-    if named and not quality and TASKS[task].family != "maze":
+    if named and not quality and "" not in BUILT_IN_SIZES.get(task, ()):
         examples = ", ".join(f"{task}-{q}" for q in BUILT_IN_SIZES.get(task, QUALITIES[:3]))
         raise InputError(f"--env {env} names no data quality, expected for example {examples}")
     vec = make_vec(task, 1, 0, split)

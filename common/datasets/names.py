@@ -7,12 +7,14 @@ from common import InputError, nearest
 from common.envs.tasks import TASKS
 
 # Rows of the built-in data: as many as D4RL v2 has; of the particle tasks as the OTC paper has; a
-# maze has one set, without a quality (D4RL's have 1, 2 and 4 million rows); and of family mpe as
-# OMAR has, whose medium-replay is of unknown size; of SMAX as many as 10,000 episodes have
+# maze (D4RL's have 1, 2 and 4 million rows) and a bandit have one set, without a quality; and of
+# family mpe as OMAR has, whose medium-replay is of unknown size; of SMAX as many as 10,000 episodes
+# have
 MILLION = 1_000_000
 OF_FAMILY = {
     "particle": {"random": MILLION},
     "maze": {"": MILLION},
+    "bandit": {"": MILLION},
     "mpe": {"random": MILLION, "medium-replay": 250_000, "medium": MILLION, "expert": MILLION},
 }
 BUILT_IN_SIZES = {
@@ -48,8 +50,8 @@ def parse_env(env: str) -> tuple[str, str]:
     if env != task and quality not in QUALITIES:
         hint = nearest(quality, QUALITIES)
         raise InputError(f"unknown data quality {quality!r} in --env {env}: {hint}")
-    if quality and TASKS[task].family == "maze":
-        raise InputError(f"--env {env}: a maze has one set of data, expected --env {task}")
+    if quality and "" in OF_FAMILY.get(TASKS[task].family, {}):
+        raise InputError(f"--env {env}: {task} has one set of data, expected --env {task}")
     return task, quality
 
 

@@ -74,6 +74,8 @@ TASKS = {
     "maze2d-umaze": Task("maze", "U_MAZE", "", 23.85, 161.86, {"goal": (1, 1), "limit": 300}),
     "maze2d-medium": Task("maze", "MEDIUM_MAZE", "", 13.13, 277.39, {"goal": (6, 6), "limit": 600}),
     "maze2d-large": Task("maze", "LARGE_MAZE", "", 6.7, 273.99, {"goal": (7, 9), "limit": 800}),
+    # Uniform actions, and full agreement
+    **{f"bandit-{n}": Task("bandit", "", "", 0.0, 1.0, {"num_agents": n}) for n in (2, 3)},
     "predator-prey": Task("particle", "predator-prey", "", 0.07, 26.8),
     # Ten per episode whose landmark was reached, so that the score is a percentage
     "wind": Task("particle", "wind", "", 0.21, 20.7),
@@ -114,7 +116,7 @@ OMAR_RETURNS = {
 }
 
 # Families whose teams step together as arrays
-BATCHED = ("particle", "mpe", "smax")
+BATCHED = ("particle", "mpe", "smax", "bandit")
 
 # Of agents 0, 1, ... in every picture (Matplotlib's ten)
 AGENT_COLOURS = (

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from common import InputError, cache_dir, nearest
 from common.datasets.files import made_once
-from common.datasets.makers import maze, mpe, mujoco, particle, smax
+from common.datasets.makers import bandit, maze, mpe, mujoco, particle, smax
 from common.datasets.names import BUILT_IN_SIZES, QUALITIES, data_name
 from common.envs import num_cores
 from common.envs.tasks import TASKS
@@ -20,8 +20,9 @@ from common.envs.tasks import TASKS
 
 def maker_of(task: str):
     """The module that makes a task's data; its VERSION is in the file's name."""
-    makers = {"particle": particle, "maze": maze, "mpe": mpe, "smax": smax, "mujoco": mujoco}
-    return mpe if TASKS[task].local else makers[TASKS[task].family]
+    makers = bandit, maze, mpe, mujoco, particle, smax
+    of_family = {maker.__name__.rpartition(".")[2]: maker for maker in makers}
+    return mpe if TASKS[task].local else of_family[TASKS[task].family]
 
 
 def built_in_path(task: str, quality: str, size: int) -> Path:
@@ -90,11 +91,11 @@ def make(
     the file is there already.
 
     `quality` is random, medium, medium-replay or expert; of the particle tasks random only, of
-    MuJoCo's all but expert, of SMAX's maps random and medium, of the mazes none (""). The file
-    depends on task, quality and size, not on `num_workers` (default: one per core). The last row of
-    each policy has timeouts=True even where the episode is unfinished: an episode of the file is
-    whole if its last row is terminal or reaches the time limit. If another process is making
-    `path`, waits for that instead.
+    MuJoCo's all but expert, of SMAX's maps random and medium, of mazes and bandits none (""). The
+    file depends on task, quality and size, not on `num_workers` (default: one per core). The last
+    row of each policy has timeouts=True even where the episode is unfinished: an episode of the
+    file is whole if its last row is terminal or reaches the time limit. If another process is
+    making `path`, waits for that instead.
     Raises InputError for unknown names, a size below 1 and a place that cannot be written to.
     """
     expected = tuple(BUILT_IN_SIZES.get(task, QUALITIES))

@@ -1,0 +1,112 @@
+r"""Returns of OMSD's policies over beta: critics and denoisers are trained once per score and data
+set, then fresh policies per beta.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.omsd_beta simple-spread-expert simple-spread-random \
+        --csv docs/results/omsd_beta.csv
+
+All seeds are stacked. A row per data set, score, beta and seed; what there is of the file is kept,
+and its settings are not measured again.
+"""
+
+import copy
+import csv
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import tyro
+
+import omsd
+from benchmarks import write_csv
+from common import cli, datasets
+from common.datasets import parse_env
+from common.device import pick_device
+from common.envs import make_vec, normalized_score
+from common.loop import episode_returns
+from common.replay import Replay
+
+
+@dataclass
+class Args:
+    envs: tyro.conf.Positional[tuple[str, ...]]
+    """task-quality, any number"""
+    csv: str
+    """file for the raw numbers"""
+    scores: tuple[str, ...] = ("decomposed", "independent")
+    betas: tuple[float, ...] = (0.001, 0.01, 0.1, 0.5)
+    num_seeds: int = 5
+    episodes: int = 100
+    """per seed"""
+    model_updates: int = 2000
+    policy_updates: int = 600
+    device: str = "cpu"
+    settings: omsd.Args = field(default_factory=omsd.Args)
+    """of the script"""
+
+
+def train(agent, replay: Replay, kind: str, updates: int, batch: int) -> float:
+    """Seconds per update."""
+    begun = time.process_time()
+    for _ in range(updates):
+        index = replay.draw_offline(batch)[:: agent.N].repeat_interleave(agent.N, dim=0)
+        agent.update(replay.gather(index), kind)
+    return (time.process_time() - begun) / updates
+
+
+def main(args: Args) -> None:
+    rows = []
+    if Path(args.csv).exists():
+        with open(args.csv) as file:
+            rows = list(csv.DictReader(file))
+    done = {(row["env"], row["score"]) for row in rows}
+    for env, score in ((env, score) for score in args.scores for env in args.envs):
+        if (env, score) not in done:
+            rows += measure(args, env, score)
+            write_csv(args.csv, rows)
+
+
+def measure(args: Args, env: str, score: str) -> list[dict]:
+    settings = copy.copy(args.settings)
+    settings.env, settings.score, settings.num_seeds = env, score, args.num_seeds
+    settings.offline_updates = args.model_updates + args.policy_updates
+    settings.policy_updates = args.policy_updates
+    pick_device(args)
+    task, S = parse_env(env)[0], args.num_seeds
+    envs = make_vec(task, S * args.episodes, settings.seed, settings.split)
+    data = datasets.load(env, settings.dataset, settings.dataset_size, settings.split)
+    sizes = S * envs.num_agents, envs.obs_dim, envs.action_dim
+    torch.manual_seed(settings.seed)
+    replay, models = Replay(data, S, 0, 1), omsd.OMSD(*sizes, settings)
+    models.measure_scales(replay)
+    of_model = train(models, replay, "model", args.model_updates, settings.batch_size)
+    rows = []
+    for beta in args.betas:
+        agent = copy.deepcopy(models)
+        agent.settings["beta"] = beta
+        of_policy = train(agent, replay, "policy", args.policy_updates, settings.batch_size)
+        returns = episode_returns(envs, agent, S, (settings.seed, 0), torch.device("cpu"))
+        for s, its in enumerate(returns):
+            mean = sum(its) / len(its)
+            rows.append(
+                {
+                    "env": env,
+                    "score": score,
+                    "beta": beta,
+                    "seed": settings.seed + s,
+                    "episodes": len(its),
+                    "mean_return": mean,
+                    "normalized_score": float(normalized_score(task, mean)),
+                    "data_return": data.mean_return(),
+                    "policy_q": agent.measured[agent.LOSSES.index("policy_q")][s * agent.N].item(),
+                    "model_update_ms": 1000 * of_model,
+                    "policy_update_ms": 1000 * of_policy,
+                }
+            )
+        scores = torch.tensor([row["normalized_score"] for row in rows[-S:]])
+        print(f"{env} {score} beta {beta}: {scores.mean():.1f} +- {scores.std():.1f}", flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    cli.cli(main, Args, tyro.cli)
