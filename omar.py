@@ -26,7 +26,17 @@ from common import InputError, cli, embedding, sampler, strategies
 from common.cli import Natural, OnlineArgs, Positive, Share
 from common.embedding import Distance
 from common.loop import Training
-from common.nets import Actor, Learner, adam, count_own, follow, keep_own, mean_over_own, mlp, step
+from common.nets import (
+    DeterministicActor,
+    Learner,
+    adam,
+    count_own,
+    follow,
+    keep_own,
+    mean_over_own,
+    mlp,
+    step,
+)
 from common.replay import Replay
 from common.strategies import Strategy
 
@@ -174,18 +184,6 @@ class UnitCritic(nn.Module):
     def forward(self, obs, actions):
         """(G, batch)"""
         return self.unit * self.network(torch.cat([obs, actions], dim=2)).squeeze(2)
-
-
-class DeterministicActor(Actor):
-    """pi(s) in the action box [-1, 1]."""
-
-    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
-        super().__init__()
-        self.network = mlp(G, obs_dim, hidden_size, action_dim)
-
-    def forward(self, obs):
-        """(G, batch, action_dim)"""
-        return keep_own(torch.tanh(self.network(obs)), self.own)
 
 
 # --- Learner ---

@@ -25,7 +25,16 @@ from common import cli, embedding, sampler, strategies
 from common.cli import Natural, OnlineArgs, Share
 from common.embedding import Distance
 from common.loop import Training
-from common.nets import Actor, Critic, Learner, adam, follow, keep_own, mean_over_own, mlp, step
+from common.nets import (
+    Critic,
+    DeterministicActor,
+    Learner,
+    adam,
+    follow,
+    keep_own,
+    mean_over_own,
+    step,
+)
 from common.replay import Replay
 from common.strategies import Strategy
 
@@ -98,19 +107,8 @@ class Args(OnlineArgs):
 
 
 # --- Networks ---
-# Every tensor starts with the group dimension G: g = seed_index * num_agents + agent.
-
-
-class DeterministicActor(Actor):
-    """pi(s) in the action box [-1, 1]."""
-
-    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
-        super().__init__()
-        self.network = mlp(G, obs_dim, hidden_size, action_dim)
-
-    def forward(self, obs):
-        """(G, batch, action_dim)"""
-        return keep_own(torch.tanh(self.network(obs)), self.own)
+# Every tensor starts with the group dimension G: g = seed_index * num_agents + agent. The networks
+# are common.nets.DeterministicActor and common.nets.Critic.
 
 
 # --- Learner ---

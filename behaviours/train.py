@@ -24,7 +24,7 @@ from common.envs import TASKS
 @dataclass
 class Args:
     task: str = "halfcheetah"
-    """halfcheetah, walker2d or hopper"""
+    """halfcheetah, walker2d, hopper or ant"""
     seed: int = 1
     """seed of the environment, the networks and the exploration"""
     steps: int = 400_000
@@ -68,7 +68,7 @@ def actor_arrays(actor: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def main(args: Args) -> None:
-    tasks = [task for task, row in TASKS.items() if row.family == "mujoco" and not row.local]
+    tasks = [t for t, r in TASKS.items() if r.family == "mujoco" and not (r.local or r.views)]
     if args.task not in tasks:
         raise InputError(f"unknown --task {args.task}: {nearest(args.task, tasks)}")
     out = new_folder(args.out or Path("snapshots", args.task))

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_type_hints
 
 import torch
@@ -195,11 +196,14 @@ def parse(args_type: type, argv: list[str] | None = None, description: str | Non
         args = parse_flags(args_type, argv, default=with_those_of(args, args.offline_checkpoint))
     if args.resume is not None:
         stored = checkpoints.read_args(args.resume)
+        script = checkpoints.read_record(args.resume).get("script")
         try:
+            if script not in (None, Path(inspect.getfile(args_type)).stem):
+                raise TypeError
             stored = dataclasses.replace(args_type(**stored), resume=args.resume)
-        except TypeError:
-            script = checkpoints.read_record(args.resume).get("script", "another script")
-            raise InputError(f"{args.resume} is a run of {script}, not of this script") from None
+        except TypeError:  # or of another version's arguments
+            name = script or "another script"
+            raise InputError(f"{args.resume} is a run of {name}, not of this script") from None
         check_types(stored, f"{args.resume}/args.json")
         asked = parse_flags(args_type, argv, default=stored)
         for field in dataclasses.fields(args_type):

@@ -25,12 +25,13 @@ class Training:
     Args:
         args: the script's.
         script: its `__file__`.
-        discrete: the kind of actions that its learner is for.
+        discrete: the kind of actions that its learner is for; None: both.
 
-    `replay` holds B^0, each agent with its own actions only; `sizes` are G, obs_dim and action_dim.
+    `replay` holds B^0, each agent with its own actions only; `sizes` are G, obs_dim and action_dim;
+    `discrete` says which kind of actions the task has.
     """
 
-    def __init__(self, args, script: str, discrete: bool = False):
+    def __init__(self, args, script: str, discrete: bool | None = False):
         self.args, self.script = args, Path(script).stem
         self.device, self.checkpoint = pick_device(args), None
         if args.resume is not None:
@@ -43,6 +44,7 @@ class Training:
         if self.checkpoint is not None:
             what = "--offline-checkpoint" if args.resume is None else "--resume"
             checkpoints.check_data(self.checkpoint, dataset, what)
+        self.discrete = dataset.discrete
         S, task = args.num_seeds, datasets.parse_env(args.env)[0]
         self.num_steps = cli.deployment_steps(args, len(dataset.rewards))  # M
         self.envs, self.eval_envs = (
@@ -248,7 +250,9 @@ def team_policy(
 ) -> Callable:
     """The function from observations of every seed's team, E environments per seed, to actions:
     (S * E, N, obs_dim) -> (S * E, N, action_dim) arrays. Agent number `explorer`, its second
-    argument, explores; -1: none does. `obs` gives the shape; `graph`: as a CUDA graph."""
+    argument, explores; -1: none does. An agent with a memory, `begin_episodes`, is told where an
+    episode begins: everywhere at first, later where the third argument (S * E,) says so. `obs`
+    gives the shape; `graph`: as a CUDA graph."""
     N = obs.shape[1]
 
     def grouped(obs: np.ndarray) -> torch.Tensor:
@@ -264,7 +268,16 @@ def team_policy(
 
     graphed = Graphed(act, graph, lambda explorer: explorer)
 
-    def policy(obs: np.ndarray, explorer: int = -1) -> np.ndarray:
+    def begin(begins: np.ndarray) -> None:
+        if hasattr(agent, "begin_episodes"):
+            by_seed = torch.as_tensor(begins).view(num_seeds, -1)
+            agent.begin_episodes(by_seed.repeat_interleave(N, dim=0).to(device))
+
+    begin(np.ones(len(obs), bool))
+
+    def policy(obs: np.ndarray, explorer: int = -1, begins: np.ndarray | None = None) -> np.ndarray:
+        if begins is not None and begins.any():
+            begin(begins)
         by_group.copy_(grouped(obs))
         return graphed(explorer).cpu().numpy()
 
@@ -296,16 +309,17 @@ def collect(
         "explorer": np.empty((S, steps), np.int8),
     }
     ended = np.zeros(S, int)
-    policy = team_policy(agent, obs, S, device, graph)
+    policy, begins = team_policy(agent, obs, S, device, graph), None
     for t in range(steps):
         explorer = t * N // steps if exploration == "sequential" else -1
-        actions = policy(obs, explorer)
+        actions = policy(obs, explorer, begins)
         next_obs, rewards, terminations, truncations, final_obs = envs.step(envs.to_box(actions))
         step_data = (obs, actions, rewards, final_obs, terminations, explorer)
         for array, value in zip(data.values(), step_data, strict=True):
             array[:, t] = value
         check_finite(t, final_obs, rewards, next_obs)
-        ended += terminations | truncations
+        begins = terminations | truncations
+        ended += begins
         obs = next_obs
     return data, ended
 
@@ -316,14 +330,16 @@ def episode_returns(
     """Returns of the first episode in every environment, per seed."""
     obs = envs.reset(seed=seed)
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
-    policy = team_policy(agent, obs, num_seeds, device, graph)
+    policy, begins = team_policy(agent, obs, num_seeds, device, graph), None
     for t in itertools.count():
         if not running.any():
             return returns.reshape(num_seeds, -1).tolist()
-        obs, rewards, terminations, truncations, final_obs = envs.step(envs.to_box(policy(obs)))
+        actions = envs.to_box(policy(obs, begins=begins))
+        obs, rewards, terminations, truncations, final_obs = envs.step(actions)
         check_finite(t, final_obs, rewards, obs)
         returns += rewards * running
-        running &= ~(terminations | truncations)
+        begins = terminations | truncations
+        running &= ~begins
 
 
 def check_finite(step: int, obs: np.ndarray, rewards: np.ndarray, next_start: np.ndarray) -> None:

@@ -4,8 +4,11 @@ Every tensor starts with the group dimension G: g = seed_index * num_agents + ag
 averaged over the batch and summed over G, so that each group learns as it would alone.
 """
 
+import math
+
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 
 class Linear(nn.Module):
@@ -26,6 +29,12 @@ class Linear(nn.Module):
         if self.weight.shape[2] == 1 and not x.is_cuda:  # faster on a CPU
             return (x * self.weight.mT).sum(2, keepdim=True) + self.bias
         return torch.bmm(x, self.weight).add_(self.bias)
+
+
+def joint(x: torch.Tensor, num_agents: int) -> torch.Tensor:
+    """What the agents of each team see or do, side by side: (G, batch, dim) -> (S, batch,
+    num_agents * dim)."""
+    return x.unflatten(0, (-1, num_agents)).transpose(1, 2).flatten(2)
 
 
 def mlp(num_groups: int, in_features: int, hidden_size: int, out_features: int) -> nn.Sequential:
@@ -49,6 +58,22 @@ class Critic(nn.Module):
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """(G, batch, obs_dim), (G, batch, action_dim) -> (G, batch)."""
         return self.network(torch.cat([obs, actions], dim=2)).squeeze(2)
+
+
+class Mixer(nn.Module):
+    """A team's value out of its agents': their sum, weighted by what the mixer sees of the team,
+    plus a bias. Weights are of any sign."""
+
+    def __init__(self, S: int, num_agents: int, input_dim: int, hidden_size: int):
+        super().__init__()
+        self.num_agents = num_agents
+        self.network = mlp(S, input_dim, hidden_size, num_agents + 1)
+
+    def forward(self, values, seen):
+        """(G, batch), (S, batch, input_dim) -> (S, batch)."""
+        output = self.network(seen)
+        values = values.unflatten(0, (-1, self.num_agents)).transpose(1, 2)  # (S, batch, N)
+        return (output[..., :-1] * values).sum(2) + output[..., -1]
 
 
 def kl_divergence(mean: torch.Tensor, log_std: torch.Tensor, own=None) -> torch.Tensor:
@@ -84,6 +109,95 @@ class Actor(nn.Module):
     """A network that gives actions; `Learner.take_own` says which of their entries count."""
 
     own = None
+
+
+# --- Policies ---
+
+
+class DeterministicActor(Actor):
+    """pi(s) in the action box [-1, 1]."""
+
+    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
+        super().__init__()
+        self.network = mlp(G, obs_dim, hidden_size, action_dim)
+
+    def forward(self, obs):
+        """(G, batch, action_dim)"""
+        return keep_own(torch.tanh(self.network(obs)), self.own)
+
+
+class GaussianPolicy(Actor):
+    """pi(a_i | s) for continuous actions: a Gaussian with a tanh mean and a std that depends on the
+    state.
+
+    It is not squashed, so that the density of data actions at the bound stays finite.
+    """
+
+    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
+        super().__init__()
+        self.network = mlp(G, obs_dim, hidden_size, 2 * action_dim)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and log-std in (-6, 0), (G, batch, action_dim) each; a sigmoid, as a clamp would
+        lose its gradient outside."""
+        mean, raw_log_std = self.network(obs).chunk(2, dim=2)
+        return torch.tanh(mean), -6 * torch.sigmoid(raw_log_std - 1.5)
+
+    def log_prob(self, obs, actions, legal=None) -> torch.Tensor:
+        """(G, batch)"""
+        return self.log_density(*self(obs), actions)
+
+    def log_density(self, mean, log_std, actions) -> torch.Tensor:
+        """`log_prob` by the Gaussians' means and log-stds."""
+        scaled = (actions - mean) * (-log_std).exp()
+        log_density = -(0.5 * scaled.square() + log_std + 0.5 * math.log(2 * math.pi))
+        return keep_own(log_density, self.own).sum(2)
+
+    def mode(self, obs, legal=None) -> torch.Tensor:
+        """The mean, (G, batch, action_dim)."""
+        return keep_own(self(obs)[0], self.own)
+
+    def sample(self, obs, legal=None) -> torch.Tensor:
+        """(G, batch, action_dim)"""
+        mean, log_std = self(obs)
+        return keep_own(mean + log_std.exp() * torch.randn_like(mean), self.own)
+
+
+class SoftmaxPolicy(Actor):
+    """pi(a_i | s) over the legal ones of one-hot actions; `legal` (G, batch, action_dim) bool."""
+
+    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
+        super().__init__()
+        self.network = mlp(G, obs_dim, hidden_size, action_dim)
+
+    def logits(self, obs, legal) -> torch.Tensor:
+        """(G, batch, action_dim), very low where an action is not legal."""
+        return self.network(obs).masked_fill(~legal, -1e9)
+
+    def log_prob(self, obs, actions, legal) -> torch.Tensor:
+        """(G, batch)"""
+        return (F.log_softmax(self.logits(obs, legal), dim=2) * actions).sum(2)
+
+    def mode(self, obs, legal) -> torch.Tensor:
+        """The likeliest legal action, one-hot: (G, batch, action_dim); zeros where none is."""
+        return self._one_hot(self.logits(obs, legal), legal)
+
+    def sample(self, obs, legal) -> torch.Tensor:
+        """One-hot, (G, batch, action_dim)."""
+        logits = self.logits(obs, legal)
+        gumbel = -(-torch.rand_like(logits).clamp(1e-9, 1 - 1e-7).log()).log()
+        return self._one_hot(logits + gumbel, legal)
+
+    @staticmethod
+    def _one_hot(scores, legal) -> torch.Tensor:
+        best = scores.argmax(2, keepdim=True)
+        return torch.zeros_like(scores).scatter(2, best, 1.0) * legal
+
+
+def legal_actions(obs: torch.Tensor, action_dim: int) -> torch.Tensor:
+    """Which actions are legal, by the end of discrete tasks' observations as they come: (G, batch,
+    action_dim) bool."""
+    return obs[..., -action_dim:] > 0.5
 
 
 class Learner(nn.Module):
@@ -154,13 +268,25 @@ def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 
-def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """One step on the sum of a loss (G,), with gradients of the optimiser's own parameters only."""
+def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor, clip=None) -> None:
+    """One step on the sum of a loss (G,), with gradients of the optimiser's own parameters only.
+    `clip`, a number of teams and a norm: the gradient of each team is shortened to that norm."""
     parameters = optimizer.param_groups[0]["params"]
     gradients = torch.autograd.grad(loss.sum(), parameters)
+    if clip is not None:
+        gradients = clipped(gradients, *clip)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
     optimizer.step()
+
+
+def clipped(gradients: tuple[torch.Tensor, ...], num_teams: int, norm: float) -> list:
+    """Gradients of stacks of networks, the same number per team in each, shortened so that all of a
+    team's together have at most this norm."""
+    by_team = [gradient.view(num_teams, -1) for gradient in gradients]
+    lengths = sum(each.square().sum(1, keepdim=True) for each in by_team).sqrt()  # (num_teams, 1)
+    shares = (norm / (lengths + 1e-6)).clamp(max=1)
+    return [(s * shares).view_as(g) for s, g in zip(by_team, gradients, strict=True)]
 
 
 @torch.no_grad()

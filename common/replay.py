@@ -13,6 +13,7 @@ transitions in the order of their collection. Draws and gathers never wait for t
 they can be part of a CUDA graph.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -154,6 +155,12 @@ class Replay:
         """(G, num_samples) indices, uniform over B^0, with replacement."""
         return self._draw(num_samples, self.num_offline)
 
+    def draw_teams(self, num_samples: int) -> torch.Tensor:
+        """`draw_offline`, the same indices for all agents of a seed."""
+        shape = (self.num_seeds, num_samples)
+        index = torch.rand(shape, device=self.device, dtype=torch.float64) * self.num_offline
+        return index.long().repeat_interleave(self.num_agents, dim=0)
+
     def draw_online(self, num_samples: int) -> torch.Tensor:
         """(G, num_samples) indices, uniform over D^1 ... D^k, with replacement."""
         return self.num_offline + self._draw(num_samples, self.num_online)
@@ -226,6 +233,39 @@ class Replay:
             dead = (batch["next_obs"][..., -self.actions.shape[2] :] <= 0).all(2)
             batch["terminations"] = torch.maximum(batch["terminations"], dead.float())
         return batch
+
+    def gather_teams(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """`gather` of offline transitions for learners that train a team together: rows stay what
+        they are where agents die, and their terminations are the team's. With indices of
+        `draw_teams` the agents of a seed get the same transitions."""
+        return self._take(index, index + self.viewer_rows, index + self.agent_rows)
+
+    def gather_history(self, index: torch.Tensor, length: int) -> dict[str, torch.Tensor]:
+        """What happened in the `length` rows before offline transitions (G, n), oldest first.
+
+        Returns:
+            obs (G, n, length, obs_dim), actions (G, n, length, action_dim), and is_there (G, n,
+            length): 1, or 0 where the episode had not begun.
+        """
+        back = torch.arange(length, 0, -1, device=self.device)
+        index = index.unsqueeze(2)
+        rows = (index - back).clamp(min=0)
+        viewer_rows, agent_rows = self.viewer_rows.unsqueeze(2), self.agent_rows.unsqueeze(2)
+        columns = ("obs", "actions")
+        batch = self._take(rows, rows + viewer_rows, rows + agent_rows, columns)
+        batch["is_there"] = (self.elapsed[index] >= back).float()
+        return batch
+
+    @functools.cached_property
+    def elapsed(self) -> torch.Tensor:
+        """Rows of the same episode before each offline transition, (num_offline,): a row goes on
+        where the one before ended in its very state and was no termination."""
+        n = self.num_offline
+        goes_on = (self.next_obs[:, : n - 1] == self.obs[:, 1:n]).all(2).all(0)
+        goes_on &= self.terminations[0, : n - 1] == 0
+        rows = torch.arange(n, device=self.device)
+        starts = torch.where(goes_on, 0, rows[1:])
+        return rows - torch.cat([rows[:1], starts]).cummax(0).values
 
     def in_parts(
         self,

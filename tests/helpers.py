@@ -136,6 +136,9 @@ FLAGS = {
     "otc_bremen": "--num-models 2 --clone-updates 40 --improve-every 10 --rollouts 8 "
     "--rollout-length 4 --value-updates 3 --cg-iterations 3",
     "omar": "--sampler-samples 3 --num-penalty-actions 3",
+    "moma_ppo": "--num-models 3 --num-elites 2 --model-updates 40 --model-hidden-size 8 "
+    "--transitions 32 --rollout-length 4 --minibatch-size 16 --epochs 2 --history 2 "
+    "--memory-size 4",
     "omsd": "--policy-updates 20 --denoiser-size 8",
 }
 
@@ -157,8 +160,8 @@ SCRIPTS = {
     for path in sorted(ROOT.glob("*.py"))
 }
 WITH_OTC = [script for script in SCRIPTS if hasattr(importlib.import_module(script), "OTC")]
-# Those that train a team together; alone they get teams of one agent, one per group
-CENTRAL = ["omsd"]
+# Those that train a team together
+CENTRAL = ["maiql", "matd3bc", "moma_ppo", "omsd"]
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 every_otc_script = pytest.mark.parametrize("script", WITH_OTC)
 # Those with twin critics and their targets, and those whose observations are numbers with a scale
@@ -169,8 +172,12 @@ WITH_SCALES = ["otc_awac", "otc_cql", "otc_td3bc", "omar", "icq"]
 def make(script, G, device="cpu", **options):
     """A small learner, and the kinds that its updates have: a function of their number."""
     module = importlib.import_module(script)
-    if script in CENTRAL:
-        options = {"num_seeds": G, **options}
+    if script in CENTRAL:  # teams of two, or of one where G is odd
+        options = {"num_seeds": G if G % 2 else G // 2, **options}
+    if script == "moma_ppo":
+        options = {"num_models": 3, "num_elites": 2, "model_hidden_size": 8, **options}
+        options |= {"model_updates": 8, "transitions": 32, "rollout_length": 4, "epochs": 2}
+        options |= {"minibatch_size": 8, "history": 3, "memory_size": 8}
     if script == "omsd":
         options = {"offline_updates": 20, "policy_updates": 12, "denoiser_size": 8, **options}
     if script == "otc_bremen":
@@ -195,6 +202,16 @@ def update(agent, batch, *kind):
     if type(agent).__name__ == "ICQ" and "next_actions" not in batch:
         followed = {"next_actions": batch["actions"].roll(1, dims=1)}
         batch = batch | followed | {"is_followed": 1 - batch["terminations"]}
+    if type(agent).__name__ == "MOMAPPO":
+        if kind == ("fit",):  # each of three members gets its part
+            batch = {name: x[:, : x.shape[1] // 3 * 3] for name, x in batch.items()}
+        elif kind == ("improve",):
+            rows = {name: batch[name][:, : len(batch["obs"][0]) // 4 * 4] for name in batch}
+            frames = {n: rows[n].unsqueeze(2).expand(-1, -1, 3, -1) for n in ("obs", "actions")}
+            batch = rows | {
+                "history": frames | {"is_there": torch.ones_like(frames["obs"][..., 0])}
+            }
+        return agent.update(batch, *kind)
     losses = agent.update(batch, *kind)
     if kind == ("improve",):
         losses |= agent.improve(batch["obs"][:, : agent.args.rollouts])

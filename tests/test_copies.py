@@ -14,7 +14,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))
 MODEL = "otc_bcq"  # what the others are compared with
 WITH_OTC = [s for s in SCRIPTS if "class OTC(" in (ROOT / f"{s}.py").read_text()]
 # Networks that two scripts may share; with a third they move to common/nets.py
-NETWORKS = {"Critic", "GaussianActor", "DeterministicActor"}
+NETWORKS = {"Critic", "GaussianActor"}
 
 
 def tree_of(script):

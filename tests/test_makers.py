@@ -25,6 +25,9 @@ FIRST_ROWS = {
     ("simple-tag", "random"): (1, 15.1713),
     ("simple-world", "expert"): (1, 9.80857),
     ("halfcheetah-local", "medium"): (1, 19.2177),
+    ("ant", "random"): (1, -16.8308),
+    ("coordination-game", "neutral"): (1, 604.007),
+    ("reacher-leader", "expert-mix"): (1, 8.73628),
 }
 
 

@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.rows < 1 or args.seed < 0:
             raise InputError(f"--rows {args.rows} --seed {args.seed}: expected at least 1 and 0")
-        tasks = [task for task, row in TASKS.items() if row.family == "mujoco" and not row.local]
+        tasks = [t for t, r in TASKS.items() if r.family == "mujoco" and not (r.local or r.views)]
         task = max((t for t in tasks if args.file.name.startswith(t)), key=len, default="")
         if args.env:
             task = parse_env(args.env)[0]

@@ -28,8 +28,9 @@ Policy = Callable[[np.ndarray], np.ndarray]
 """From a team's observations (N, obs_dim) to its actions (N, action_dim) in [-1, 1]"""
 
 
-def trained_policy(folder: str, vec: VecEnv) -> Policy:
-    """The policy of a run's `checkpoint.pt`, for the seed whose folder it is.
+def trained_policy(folder: str, vec: VecEnv) -> tuple[Policy, Callable[[], None]]:
+    """The policy of a run's `checkpoint.pt`, for the seed whose folder it is, and what to call at
+    the beginning of an episode.
 
     Raises InputError if the folder, its script or its checkpoint cannot be used with the task.
     """
@@ -50,8 +51,10 @@ def trained_policy(folder: str, vec: VecEnv) -> Policy:
     checkpoint = checkpoints.read_checkpoint(folder, "checkpoint.pt", script)
     args = module.Args(**options)
     num_groups = args.num_seeds * vec.num_agents
+    takes_both = "discrete" in inspect.signature(classes[0]).parameters
+    kind = (vec.discrete,) if takes_both else ()
     try:
-        agent = classes[0](num_groups, vec.obs_dim, vec.action_dim, args)
+        agent = classes[0](num_groups, vec.obs_dim, vec.action_dim, args, *kind)
         agent.load_state_dict(checkpoint["agent"])
     except RuntimeError as error:  # other shapes
         reason = str(error).splitlines()[-1].strip()
@@ -64,7 +67,11 @@ def trained_policy(folder: str, vec: VecEnv) -> Policy:
             actions = agent.act(groups)  # (G, 1, action_dim)
         return actions[first : first + vec.num_agents, 0].numpy()
 
-    return act
+    def begin() -> None:
+        if hasattr(agent, "begin_episodes"):
+            agent.begin_episodes(torch.ones(num_groups, 1, dtype=torch.bool))
+
+    return act, begin
 
 
 def shrink(frame: np.ndarray, largest: int = 320) -> np.ndarray:
@@ -85,12 +92,15 @@ def cannot_draw(task: str, error: Exception) -> InputError:
     return InputError(f"cannot draw {task} with render_mode='rgb_array' ({reason}); {hint}")
 
 
-def play(team: ParallelTeam, vec: VecEnv, policy: Policy, steps: int, seed: int) -> list:
-    """`steps` frames, episode after episode.
+def play(
+    team: ParallelTeam, vec: VecEnv, policy: Policy, begin: Callable, steps: int, seed: int
+) -> list:
+    """`steps` frames, episode after episode; `begin()` before each.
 
     Raises InputError if nothing can be drawn here.
     """
     frames = []
+    begin()
     obs, elapsed = team.reset(seed), 0
     while len(frames) < steps:
         try:
@@ -103,6 +113,7 @@ def play(team: ParallelTeam, vec: VecEnv, policy: Policy, steps: int, seed: int)
         obs, _, terminated, truncated = team.step(vec.to_box(policy(obs)))
         elapsed += 1
         if terminated or truncated or elapsed == team.max_episode_steps:
+            begin()
             obs, elapsed = team.reset(None), 0
     return frames
 
@@ -141,8 +152,10 @@ def render(env: str | None, run: str | None, out: Path, steps: int, seed: int, f
     vec = VecEnv([team], seed)
     rng = np.random.default_rng(seed)
     shape = vec.num_agents, vec.action_dim
-    policy = (lambda obs: rng.uniform(-1, 1, shape).astype(np.float32)) if run is None else None
-    frames = play(team, vec, policy or trained_policy(run, vec), steps, seed)
+    policy, begin = (lambda obs: rng.uniform(-1, 1, shape).astype(np.float32)), lambda: None
+    if run is not None:
+        policy, begin = trained_policy(run, vec)
+    frames = play(team, vec, policy, begin, steps, seed)
     team.close()
 
     import imageio.v3 as imageio

@@ -19,7 +19,7 @@ def load(
     dataset: str = "built-in",
     size: int | None = None,
     split: str | None = None,
-    discrete: bool = False,
+    discrete: bool | None = False,
 ) -> TeamDataset:
     """The data of `env`, task-quality or package.module:factory (then `dataset` must be a file
     or folder).
@@ -27,7 +27,7 @@ def load(
     `dataset` is built-in, d4rl, minari, a Minari id, a file in D4RL's layout or a folder in OMAR's.
     Built-in data is made once, d4rl and minari are fetched once. `size` is the number of
     transitions: built-in data is made at that size; of other data whole episodes are taken, spread
-    evenly, the last one cut. `discrete` is the kind of actions that the learner is for.
+    evenly, the last one cut. `discrete` is the kind of actions that the learner is for, None: both.
     Raises InputError for whatever is wrong with the names, the size or the data.
     """
     task, quality = parse_env(env)
@@ -55,7 +55,7 @@ def load(
         raise InputError(f"--env {env} names no data quality, expected for example {examples}")
     vec = make_vec(task, 1, 0, split)
     vec.close()
-    if vec.discrete != discrete:
+    if discrete is not None and vec.discrete != discrete:
         kinds = ("continuous", "discrete") if discrete else ("discrete", "continuous")
         hint = "one of the other scripts" if discrete else "otc_cql_discrete.py"
         raise InputError(f"--env {env}: {kinds[0]} actions, this script is for {kinds[1]}: {hint}")

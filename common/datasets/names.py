@@ -16,6 +16,7 @@ OF_FAMILY = {
     "maze": {"": MILLION},
     "bandit": {"": MILLION},
     "mpe": {"random": MILLION, "medium-replay": 250_000, "medium": MILLION, "expert": MILLION},
+    "matrix_game": {"favourable": 10_000, "neutral": 10_000, "unfavourable": 10_000},
 }
 BUILT_IN_SIZES = {
     task: {"random": MILLION, "medium": MILLION, "medium-replay": replay}
@@ -23,7 +24,14 @@ BUILT_IN_SIZES = {
 } | {task: OF_FAMILY[row.family] for task, row in TASKS.items() if row.family in OF_FAMILY}
 BUILT_IN_SIZES["halfcheetah-local"] = OF_FAMILY["mpe"]
 BUILT_IN_SIZES["5m_vs_6m"] = {"random": 181_018, "medium": 364_953}
+BUILT_IN_SIZES |= {task: {"random": MILLION} for task in ("ant", "ant-local")}
+BUILT_IN_SIZES |= {
+    f"reacher-{seen}": dict.fromkeys(("expert-mix", "expert-clockwise", "expert-counter"), MILLION)
+    for seen in ("full", "independent", "leader")
+}
 QUALITIES = ("random", "medium", "medium-replay", "expert", "medium-expert", "full-replay")
+QUALITIES += ("favourable", "neutral", "unfavourable")
+QUALITIES += ("expert-mix", "expert-clockwise", "expert-counter")
 
 
 def parse_env(env: str) -> tuple[str, str]:

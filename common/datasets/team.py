@@ -78,7 +78,7 @@ def lay_out(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> Tea
     n = lengths["rewards"]
     if n == 0:
         raise InputError(f"{where}: no transitions in it")
-    if task == "ant":
+    if task in ("ant", "ant-local"):
         # D4RL's 84 contact forces are all zero, v5's 78 are not part of the task
         for key in ("observations", "next_observations"):
             if key in data and data[key].size // n in (111, 105):
@@ -93,7 +93,10 @@ def lay_out(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> Tea
         obs_widths = (vec.state_dim, num_agents * obs_dim)
         for key in ("observations", "next_observations"):
             if key in data and data[key].size // n == vec.state_dim:
-                data[key] = data[key].reshape(n, -1)[:, seen.ravel()]
+                state = data[key].reshape(n, -1)
+                if seen.min() < 0:  # a 0 that pads smaller views
+                    state = np.pad(state, ((0, 0), (0, 1)))
+                data[key] = state[:, seen.ravel()]
     for key, own in (
         ("observations", vec.own_obs),
         ("next_observations", vec.own_obs),
@@ -124,7 +127,10 @@ def lay_out(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> Tea
                 f"beyond {at:g} are no float32"
             )
 
-    actions = data.pop("actions").reshape(n, num_agents, action_dim)
+    actions = data.pop("actions").reshape(n, -1)
+    if getattr(vec, "actuators", None) is not None:  # of a robot's single agent, in its order
+        actions = actions[:, vec.actuators]
+    actions = actions.reshape(n, num_agents, action_dim)
     excess = np.maximum(vec.action_low - actions.min(axis=0), actions.max(axis=0) - vec.action_high)
     if excess.max() > 1e-5:
         raise InputError(

@@ -1,9 +1,11 @@
 """Multi-agent MuJoCo: Gymnasium's tasks, the joints divided among agents that see the full state,
-or, in a task whose name ends in -local, only their own joints and the root.
+or, in a task whose name ends in -local and in two of the reacher tasks, parts of it.
 
-An agent's action is a contiguous slice of the single agent's, in actuator order. The tasks are
-those of Peng et al., 2021 (https://arxiv.org/abs/2003.06709); gymnasium-robotics' MaMuJoCo gives
-the same joints to an agent, but reverses a Walker2d leg and numbers Ant's agents from another leg.
+An agent's action is a contiguous slice of the single agent's, in actuator order or in the task's
+own. The tasks are those of Peng et al., 2021 (https://arxiv.org/abs/2003.06709), but for the
+reacher and ant-local, which are Barde et al.'s (https://arxiv.org/abs/2305.17198);
+gymnasium-robotics' MaMuJoCo gives the same joints to an agent, but reverses a Walker2d leg and
+numbers Ant's agents from another leg.
 """
 
 import warnings
@@ -16,7 +18,7 @@ from pettingzoo import ParallelEnv
 
 from common import InputError
 from common.envs.tasks import AGENT_COLOURS, TASKS
-from common.envs.vec import VecEnv
+from common.envs.vec import VecEnv, own_entries
 
 
 def _warn(message: str) -> None:
@@ -37,6 +39,8 @@ def make_single(task: str, render_mode: str | None = None) -> gym.Env:
 def parse_split(task: str, split: str | None, num_joints: int) -> tuple[int, int]:
     """Agents and joints of "2x3"; None is the task's own. Raises InputError if it does not fit."""
     valid = [f"{n}x{num_joints // n}" for n in range(1, num_joints + 1) if num_joints % n == 0]
+    if TASKS[task].views:  # whose agents are its own
+        valid = [TASKS[task].split]
     split = TASKS[task].split if split is None else split
     if split not in valid:
         raise InputError(
@@ -62,11 +66,21 @@ def observed(num_agents: int, num_joints: int, obs_dim: int) -> np.ndarray:
     return np.stack([np.append(indices, globals_) for indices in own])
 
 
-def colour_agents(model: mujoco.MjModel, num_agents: int) -> None:
+def views_of(task: str, num_agents: int, num_joints: int, obs_dim: int) -> list | None:
+    """What each agent sees of the full state: indices, an array per agent; None: all of it."""
+    if TASKS[task].local:
+        return list(observed(num_agents, num_joints, obs_dim))
+    return [np.array(view) for view in TASKS[task].views] or None
+
+
+def actuators_of(task: str, num_joints: int) -> np.ndarray:
+    """The robot's actuators (num_joints,) in the order in which the agents share them."""
+    return np.array(TASKS[task].actuators or range(num_joints))
+
+
+def colour_agents(model: mujoco.MjModel, num_agents: int, actuators: np.ndarray) -> None:
     """Give the limbs that each agent's joints move the agent's colour."""
-    for joints, colour in zip(
-        np.split(np.arange(model.nu), num_agents), AGENT_COLOURS, strict=False
-    ):
+    for joints, colour in zip(np.split(actuators, num_agents), AGENT_COLOURS, strict=False):
         bodies = model.jnt_bodyid[model.actuator_trnid[joints, 0]]
         geoms = np.isin(model.geom_bodyid, bodies)
         model.geom_matid[geoms] = -1  # a material's colour would hide it
@@ -82,22 +96,29 @@ class MujocoTeam:
         self.num_agents, joints = parse_split(task, split, space.shape[0])
         self.obs_dim = self.state_dim = self.env.observation_space.shape[0]
         self.seen = None  # of the full state: all of it
-        if TASKS[task].local:
-            self.seen = observed(self.num_agents, space.shape[0], self.state_dim)
-            self.obs_dim = self.seen.shape[1]
+        self.actuators = actuators_of(task, space.shape[0])
+        views = views_of(task, self.num_agents, space.shape[0], self.state_dim)
+        if views is not None:  # -1, where a smaller view is padded, is a 0 behind the state
+            sizes = [len(view) for view in views]
+            self.obs_dim, self.own_obs = max(sizes), own_entries(sizes)
+            self.seen = np.full((self.num_agents, self.obs_dim), -1)
+            for row, view in zip(self.seen, views, strict=True):
+                row[: len(view)] = view
         self.action_low = space.low.reshape(self.num_agents, joints)
         self.action_high = space.high.reshape(self.num_agents, joints)
         self.max_episode_steps = gym.spec(TASKS[task].env_id).max_episode_steps
 
     def view(self, state: np.ndarray) -> np.ndarray:
         """The agents' observations of a full state."""
-        return state if self.seen is None else state[self.seen]
+        return state if self.seen is None else np.append(state, 0)[self.seen]
 
     def reset(self, seed: int | None) -> np.ndarray:
         return self.view(self.env.reset(seed=seed)[0])
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
-        state, reward, terminated, truncated, _ = self.env.step(actions.ravel())
+        controls = np.empty(actions.size, actions.dtype)
+        controls[self.actuators] = actions.ravel()
+        state, reward, terminated, truncated, _ = self.env.step(controls)
         return self.view(state), reward, terminated, truncated
 
     def close(self) -> None:
@@ -109,8 +130,14 @@ class MujocoVecEnv(VecEnv):
 
     @property
     def seen(self) -> np.ndarray | None:
-        """Indices (N, obs_dim) into the full state of what the agents see; None: all of it."""
+        """Indices (N, obs_dim) into the full state of what the agents see, -1 where a smaller view
+        is padded; None: all of it."""
         return self.teams[0].seen
+
+    @property
+    def actuators(self) -> np.ndarray:
+        """The robot's actuators in the order in which the agents share them."""
+        return self.teams[0].actuators
 
     @property
     def state_dim(self) -> int:
@@ -148,17 +175,20 @@ class MujocoParallelEnv(ParallelEnv):
         self.render_mode = render_mode
         space = self.env.action_space
         num_agents, joints = parse_split(task, split, space.shape[0])
+        self.actuators = actuators_of(task, space.shape[0])
         if render_mode is not None:
-            colour_agents(self.env.unwrapped.model, num_agents)
+            colour_agents(self.env.unwrapped.model, num_agents, self.actuators)
         self.metadata = {**self.env.metadata, "name": f"{task}_{num_agents}x{joints}"}
         self.possible_agents = [f"agent_{i}" for i in range(num_agents)]
         self.agents = []
-        view, self.seen = self.env.observation_space, None
-        if TASKS[task].local:
-            self.seen = observed(num_agents, space.shape[0], view.shape[0])
-            view = Box(-np.inf, np.inf, self.seen.shape[1:], view.dtype)
+        view = self.env.observation_space
+        self.seen = views_of(task, num_agents, space.shape[0], view.shape[0])
         self.observation_spaces = dict.fromkeys(self.possible_agents, view)
-        low, high = np.split(space.low, num_agents), np.split(space.high, num_agents)
+        if self.seen is not None:
+            for agent, seen in zip(self.possible_agents, self.seen, strict=True):
+                box = Box(-np.inf, np.inf, (len(seen),), view.dtype)
+                self.observation_spaces[agent] = box
+        low, high = (np.split(x[self.actuators], num_agents) for x in (space.low, space.high))
         self.action_spaces = {
             agent: Box(low[i], high[i], dtype=space.dtype)
             for i, agent in enumerate(self.possible_agents)
@@ -177,7 +207,9 @@ class MujocoParallelEnv(ParallelEnv):
 
     def step(self, actions: dict[str, np.ndarray]) -> tuple[dict, dict, dict, dict, dict]:
         joint = np.concatenate([actions[agent] for agent in self.possible_agents])
-        obs, reward, terminated, truncated, info = self.env.step(joint)
+        controls = np.empty_like(joint)
+        controls[self.actuators] = joint
+        obs, reward, terminated, truncated, info = self.env.step(controls)
         others = map(self._each, (float(reward), terminated, truncated, info))
         results = self._observe(obs), *others
         if terminated or truncated:

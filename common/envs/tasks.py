@@ -26,6 +26,10 @@ class Task:
     """further arguments of `gymnasium.make`, or of the task's class"""
     local: bool = False
     """each agent observes its own joints instead of the full state"""
+    views: tuple[tuple[int, ...], ...] = ()
+    """entries of the full state that each agent observes; (): all, unless the task is local"""
+    actuators: tuple[int, ...] = ()
+    """the robot's actuators in the order in which the agents share them; (): its own"""
     win_return: float | None = None
     """an episode with at least this return is won; None: nothing is won or lost"""
 
@@ -52,6 +56,16 @@ SMAC_MAPS = (
     "3m 8m 25m 5m_vs_6m 8m_vs_9m 10m_vs_11m 27m_vs_30m 2m_vs_1z 2s_vs_1sc 3s_vs_3z 3s_vs_4z "
     "3s_vs_5z 6h_vs_8z 2c_vs_64zg corridor so_many_baneling"
 ).split()
+# Returns of an untrained policy and of the experts behind Barde et al.'s data, whose scores are
+# shares of the expert's. Entries of the state: cosines and sines of both joints' angles, target x
+# and y, both velocities, fingertip minus target
+REACHER = "mujoco", "Reacher-v5", "2x1", -11.144625, -4.2370844
+INNER, OUTER, TARGET = (0, 2, 6), (1, 3, 7), (4, 5)
+# Of Ant's state: per leg hip and ankle, angle and velocity each; torso height, orientation, angular
+# and linear velocity. And the legs' actuators, which begin with leg 4's
+LEGS = tuple((5 + 2 * k, 19 + 2 * k, 6 + 2 * k, 20 + 2 * k) for k in range(4))
+TORSO = (0, 1, 2, 3, 4, 16, 17, 18, 13, 14, 15)
+ANT = {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0}
 TASKS = {
     "halfcheetah": Task("mujoco", "HalfCheetah-v5", "2x3", -280.178953, 12135.0),
     # v5's own model has another friction on the right foot than the one D4RL's data comes from
@@ -60,14 +74,21 @@ TASKS = {
     ),
     "hopper": Task("mujoco", "Hopper-v5", "3x1", -20.272305, 3234.3),
     # D4RL's contact forces are all zero, and so is what they cost
-    "ant": Task(
+    "ant": Task("mujoco", "Ant-v5", "4x2", -325.6, 3879.7, ANT),
+    # Each agent sees and moves the same leg, the first one also sees the torso
+    "ant-local": Task(
         "mujoco",
         "Ant-v5",
         "4x2",
         -325.6,
         3879.7,
-        {"include_cfrc_ext_in_observation": False, "contact_cost_weight": 0},
+        ANT,
+        views=(TORSO + LEGS[0], *LEGS[1:]),
+        actuators=(2, 3, 4, 5, 6, 7, 0, 1),
     ),
+    "reacher-full": Task(*REACHER),
+    "reacher-independent": Task(*REACHER, views=(INNER + TARGET, OUTER + TARGET)),
+    "reacher-leader": Task(*REACHER, views=(INNER + OUTER + TARGET, INNER + OUTER)),
     # Returns of the built-in random and expert data, from docs/results/team_datasets.csv
     "halfcheetah-local": Task("mujoco", "HalfCheetah-v5", "2x3", -286.2, 1649.2, local=True),
     # D4RL's goals and horizons; its reference returns (docs/environments.md)
@@ -99,6 +120,11 @@ TASKS = {
     },
     "simple-tag": Task("mpe", "simple-tag", "", -6.6, 187.4),
     "simple-world": Task("mpe", "simple-world", "", -8.2, 64.2),
+    # The score is the percentage of agreement; -joint: one agent chooses for both
+    "coordination-game": Task("matrix_game", "coordination-game", "", 0.0, 1.0),
+    "coordination-game-joint": Task(
+        "matrix_game", "coordination-game", "", 0.0, 1.0, kwargs={"joint": True}
+    ),
     **{name: Task("smax", name, win_return=1.5) for name in SMAX_MAPS},
     # Returns of random actions and of the last policy of the built-in data's training, from
     # docs/results/smax_evaluation.csv

@@ -12,7 +12,16 @@ from tqdm import tqdm
 
 from common import InputError, cache_dir, nearest
 from common.datasets.files import made_once
-from common.datasets.makers import bandit, maze, mpe, mujoco, particle, smax
+from common.datasets.makers import (
+    bandit,
+    matrix_game,
+    maze,
+    mpe,
+    mujoco,
+    particle,
+    reacher,
+    smax,
+)
 from common.datasets.names import BUILT_IN_SIZES, QUALITIES, data_name
 from common.envs import num_cores
 from common.envs.tasks import TASKS
@@ -20,8 +29,10 @@ from common.envs.tasks import TASKS
 
 def maker_of(task: str):
     """The module that makes a task's data; its VERSION is in the file's name."""
-    makers = bandit, maze, mpe, mujoco, particle, smax
+    makers = bandit, matrix_game, maze, mpe, mujoco, particle, smax
     of_family = {maker.__name__.rpartition(".")[2]: maker for maker in makers}
+    if TASKS[task].env_id == "Reacher-v5":
+        return reacher
     return mpe if TASKS[task].local else of_family[TASKS[task].family]
 
 
@@ -90,12 +101,11 @@ def make(
     """Write `size` transitions of task's built-in data to `path`, behind a progress bar, unless
     the file is there already.
 
-    `quality` is random, medium, medium-replay or expert; of the particle tasks random only, of
-    MuJoCo's all but expert, of SMAX's maps random and medium, of mazes and bandits none (""). The
-    file depends on task, quality and size, not on `num_workers` (default: one per core). The last
-    row of each policy has timeouts=True even where the episode is unfinished: an episode of the
-    file is whole if its last row is terminal or reaches the time limit. If another process is
-    making `path`, waits for that instead.
+    `quality` is one of those of `names.BUILT_IN_SIZES`; of mazes and bandits none (""). The file
+    depends on task, quality and size, not on `num_workers` (default: one per core). The last row of
+    each policy has timeouts=True even where the episode is unfinished: an episode of the file is
+    whole if its last row is terminal or reaches the time limit. If another process is making
+    `path`, waits for that instead.
     Raises InputError for unknown names, a size below 1 and a place that cannot be written to.
     """
     expected = tuple(BUILT_IN_SIZES.get(task, QUALITIES))

@@ -39,7 +39,7 @@ def load_policies(task: str) -> dict[str, np.ndarray]:
 
     Raises InputError if there are none.
     """
-    path = POLICY_DIR / f"{task}.npz"
+    path = POLICY_DIR / f"{task.removesuffix('-local')}.npz"
     if not path.exists():
         names = [p.stem for p in POLICY_DIR.glob("*.npz")]
         raise InputError(f"no behaviour policies for {task!r}: {nearest(task, names)}")
