@@ -15,6 +15,7 @@ OF_FAMILY = {
     "particle": {"random": MILLION},
     "maze": {"": MILLION},
     "bandit": {"": MILLION},
+    "grid": {"random": 100_000},
     "mpe": {"random": MILLION, "medium-replay": 250_000, "medium": MILLION, "expert": MILLION},
     "matrix_game": {"favourable": 10_000, "neutral": 10_000, "unfavourable": 10_000},
 }

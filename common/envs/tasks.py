@@ -100,6 +100,8 @@ TASKS = {
     "predator-prey": Task("particle", "predator-prey", "", 0.07, 26.8),
     # Ten per episode whose landmark was reached, so that the score is a percentage
     "wind": Task("particle", "wind", "", 0.21, 20.7),
+    # Of today's world, as the two numbers above: uniform actions, and the best reply to the partner
+    "wind-grid": Task("grid", "wind-grid", "", 0.53, 46.1),
     "navigation": Task("particle", "navigation", "", 0.0, 10.0),
     **{
         f"cooperative-navigation-{n}": Task(

@@ -14,6 +14,7 @@ from common import InputError, cache_dir, nearest
 from common.datasets.files import made_once
 from common.datasets.makers import (
     bandit,
+    grid,
     matrix_game,
     maze,
     mpe,
@@ -29,7 +30,7 @@ from common.envs.tasks import TASKS
 
 def maker_of(task: str):
     """The module that makes a task's data; its VERSION is in the file's name."""
-    makers = bandit, matrix_game, maze, mpe, mujoco, particle, smax
+    makers = bandit, grid, matrix_game, maze, mpe, mujoco, particle, smax
     of_family = {maker.__name__.rpartition(".")[2]: maker for maker in makers}
     if TASKS[task].env_id == "Reacher-v5":
         return reacher
