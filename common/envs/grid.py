@@ -1,4 +1,4 @@
-"""`wind-grid`: the tabular team of benchmarks.tabular_team as a task, the discrete brother of `wind`.
+"""`wind-grid`: the team of benchmarks.tabular_team as a task, the discrete brother of `wind`.
 
 One agent pushes a token on a grid towards a goal; a partner that is no learner pushes it as well,
 and is not seen. In the data the partner acts at random. From `set_deployment(1)` on it has a
