@@ -4,9 +4,11 @@ whatever a test calls first. Pictures without a screen, whichever test draws fir
 OpenGL refused once aborts at the next."""
 
 import os
+import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+has_screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+if sys.platform == "linux" and not has_screen:
     os.environ.setdefault("MUJOCO_GL", "egl")
 
 import pytest  # noqa: E402

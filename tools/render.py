@@ -4,7 +4,7 @@
     python -m tools.render --run runs/RUN --out walk.gif
 
 The agents act at random, or as those of a run's latest checkpoint; each agent has its own colour.
-MuJoCo draws without a screen where MUJOCO_GL=egl (the default there) or osmesa works.
+MuJoCo draws without a screen where MUJOCO_GL=egl (the default there on Linux) or osmesa works.
 """
 
 import argparse
@@ -140,7 +140,8 @@ def render(env: str | None, run: str | None, out: Path, steps: int, seed: int, f
     if env is None:
         raise InputError("which task? --env TASK, or --run RUN")
     task = parse_env(env)[0]
-    if not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    has_screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform == "linux" and not has_screen:
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
         team = ParallelTeam(task, parallel_env(task, split, "rgb_array"))
