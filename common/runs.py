@@ -94,7 +94,8 @@ class Run:
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():  # no other may set them
             for number in filter(None, (getattr(signal, name, None) for name in SIGNALS)):
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup asks
+                is_ignored = signal.getsignal(number) == signal.SIG_IGN
+                if not is_ignored or number in (signal.SIGINT, signal.SIGTERM):  # as nohup asks
                     self.handlers[number] = signal.signal(number, self._on_signal)
 
     def _lock(self) -> None:

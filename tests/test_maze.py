@@ -279,7 +279,7 @@ def test_d4rls_files(tmp_path, monkeypatch, size):
     monkeypatch.setattr(files, "download", download)
     team = load(f"maze2d-{size}", "d4rl")
     name = f"maze2d-{size}-sparse-v1"
-    assert asked == [f"http://rail.eecs.berkeley.edu/datasets/offline_rl/maze2d/{name}.hdf5"]
+    assert asked == [f"https://rail.eecs.berkeley.edu/datasets/offline_rl/maze2d/{name}.hdf5"]
     assert team.source == f"D4RL {name}: 47 transitions, {tmp_path / name}.hdf5"
     assert np.flatnonzero(team.truncations).tolist() == [9, 28, 46]
     assert not team.terminations.any() and team.obs.shape == (47, 1, 4)

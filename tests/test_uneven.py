@@ -13,10 +13,11 @@ from common.nets import Actor, Linear
 from common.replay import Replay
 from tests.helpers import (
     ACTION_DIM,
+    CENTRAL,
     OBS_DIM,
+    SCRIPTS,
     WITH_OTC,
     WITH_SCALES,
-    every_script,
     make,
     random_team,
     update_number,
@@ -106,7 +107,7 @@ def test_weights_of_the_padding_do_not_matter(script, flags):
         assert torch.equal(*(x if place is None else x * ~place for x in (one, other)))
 
 
-@every_script
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in CENTRAL])
 def test_another_agents_observations_do_not_matter_bit_for_bit(script):
     """Nor their scale: agent 1's are a thousand times as large in one of two runs."""
     trained = []

@@ -56,7 +56,7 @@ def trained_policy(folder: str, vec: VecEnv) -> tuple[Policy, Callable[[], None]
     try:
         agent = classes[0](num_groups, vec.obs_dim, vec.action_dim, args, *kind)
         agent.load_state_dict(checkpoint["agent"])
-    except RuntimeError as error:  # other shapes
+    except (RuntimeError, ValueError) as error:  # other shapes
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"{folder} was not trained on such a task: {reason}") from None
     first = (info["seed"] - args.seed) * vec.num_agents

@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 
 from common import InputError
+from common.datasets.files import checksum
 
 KEYS = ("observations", "actions", "rewards", "terminals", "timeouts")
 
@@ -68,6 +69,8 @@ def _read_columns(file: h5py.File, where: str) -> dict[str, np.ndarray]:
             data[key] = np.empty(dataset.shape, dtype=np.float32)
             if dataset.size:
                 dataset.read_direct(data[key])
+        if "crc32" in dataset.attrs and dataset.attrs["crc32"] != checksum(dataset):
+            raise InputError(f"{where} is damaged in {key}: delete it, and it is made again")
     return data
 
 

@@ -11,7 +11,7 @@ import h5py
 from tqdm import tqdm
 
 from common import InputError, cache_dir, nearest
-from common.datasets.files import made_once
+from common.datasets.files import add_checksums, made_once
 from common.datasets.makers import (
     bandit,
     grid,
@@ -130,6 +130,7 @@ def make(
                     h5py.File(partial, "w", locking=False) as file,
                 ):
                     maker.write(file, task, quality, size, bar, num_workers or num_cores())
+                add_checksums(partial)
                 with open(partial, "rb") as file:
                     os.fsync(file.fileno())
                 os.replace(partial, path)

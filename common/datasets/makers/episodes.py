@@ -7,7 +7,6 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from common.datasets.files import create_column
 from common.envs import make_vec
 from common.envs.tasks import TASKS
 
@@ -72,7 +71,7 @@ def append(
         for key, values in arrays.items():
             if key not in file:
                 shape = size, *values.shape[1:]
-                create_column(file, key, shape, values.dtype, compression=compression)
+                file.create_dataset(key, shape, values.dtype, compression=compression)
             file[key][done : done + n] = values[:n]
         done += n
         bar.update(n)

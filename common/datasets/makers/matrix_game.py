@@ -8,7 +8,6 @@ from typing import Any
 import h5py
 import numpy as np
 
-from common.datasets.files import create_column
 from common.envs import make_vec
 from common.envs.matrix_game import rewards_of
 from common.envs.tasks import TASKS
@@ -39,7 +38,7 @@ def write(file: h5py.File, task: str, quality: str, size: int, bar: Any, num_wor
         "timeouts": np.zeros(size, dtype=bool),
     }
     for key, values in columns.items():
-        create_column(file, key, values.shape, values.dtype)
+        file.create_dataset(key, values.shape, values.dtype)
         file[key][...] = values
     file["timeouts"][size - 1] = not last[-1]
     file["metadata/algorithm"] = f"independent choices, right with {P_RIGHT[quality]}"

@@ -14,7 +14,6 @@ import h5py
 import mujoco
 import numpy as np
 
-from common.datasets.files import create_column
 from common.datasets.makers.workers import Workers
 from common.envs.maze import OFFSET, MazeTeam
 
@@ -131,7 +130,7 @@ def write(file: h5py.File, task: str, quality: str, size: int, bar: Any, num_wor
             n = len(arrays["rewards"])
             for key, values in arrays.items():
                 if not start:
-                    create_column(file, key, (size, *values.shape[1:]), values.dtype)
+                    file.create_dataset(key, (size, *values.shape[1:]), values.dtype)
                 file[key][start : start + n] = values
             bar.update(n)
     file["metadata/algorithm"] = "waypoint controller"

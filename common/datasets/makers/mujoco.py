@@ -20,7 +20,6 @@ import mujoco
 import numpy as np
 
 from common import InputError, nearest
-from common.datasets.files import create_column
 from common.datasets.makers.workers import Workers
 from common.envs.mujoco import make_single
 
@@ -154,7 +153,7 @@ def write(file: h5py.File, task: str, quality: str, size: int, bar: Any, num_wor
     parts = plan(task, quality, size)
     shapes = columns(task)
     for key, (shape, dtype) in shapes.items():
-        create_column(file, key, (size, *shape), dtype)
+        file.create_dataset(key, (size, *shape), dtype)
     num_chunks = sum(len(chunks) for _, chunks in parts)
     done = 0
     with Workers(min(num_workers, num_chunks)) as workers:

@@ -15,7 +15,6 @@ import h5py
 import mujoco
 import numpy as np
 
-from common.datasets.files import create_column
 from common.datasets.makers.workers import Workers
 from common.envs.mujoco import make_single
 
@@ -118,7 +117,7 @@ def write(file: h5py.File, task: str, quality: str, size: int, bar: Any, num_wor
             n = len(arrays["rewards"])
             for key, values in arrays.items():
                 if key not in file:
-                    create_column(file, key, (size, *values.shape[1:]), values.dtype)
+                    file.create_dataset(key, (size, *values.shape[1:]), values.dtype)
                 file[key][done : done + n] = values
             done += n
             bar.update(n)
