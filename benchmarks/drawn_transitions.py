@@ -27,7 +27,7 @@ class Args:
     alpha: float = 1.0
     """degree of the correction"""
     draws: int = 100
-    """minibatches B of 512 and D of 2,000"""
+    """minibatches B and D, of the run's --candidates and --references"""
     csv: str | None = None
     """file for the numbers, a row per run, draw and group"""
 
@@ -43,15 +43,16 @@ def weighted(values: torch.Tensor, distance: torch.Tensor | None, alpha: float) 
 def look(folder: str, args: Args) -> list[dict]:
     run = restore(folder)
     replay, agent, options = run.replay, run.agent, run.args
+    B, D = options.candidates, options.references
     run.policy(args.policy)
     torch.manual_seed(0)
     sums: dict[str, dict[str, torch.Tensor]] = {}
     for _ in range(args.draws):
-        index = torch.cat([replay.draw_merged(512), replay.draw_latest(2000)], dim=1)
+        index = torch.cat([replay.draw_merged(B), replay.draw_latest(D)], dim=1)
         batch = replay.gather(index)
         q, v = agent.q_value(batch["obs"], batch["actions"]), agent.value(batch["next_obs"])
-        match = sampler.match_by_value(q[:, :512], q[:, 512:])
-        v_b, v_d = v[:, :512], v[:, 512:]
+        match = sampler.match_by_value(q[:, :B], q[:, B:])
+        v_b, v_d = v[:, :B], v[:, B:]
         star = v_d.gather(1, match)
         relative = sampler.relative_to_mean(v_b) - sampler.relative_to_mean(v_d).gather(1, match)
         distances = {
@@ -66,10 +67,10 @@ def look(folder: str, args: Args) -> list[dict]:
             "v_next": v_b,
             "v_next_of_match": star,
             "small_v_next": (v_b.abs() < 0.2 * v_b.mean(1, keepdim=True).abs()).float(),
-            "reward": batch["rewards"][:, :512],
-            "termination": batch["terminations"][:, :512],
-            "online": replay.is_online(index[:, :512]).float(),
-            "q_gap_to_match": (q[:, :512] - q[:, 512:].gather(1, match)).abs(),
+            "reward": batch["rewards"][:, :B],
+            "termination": batch["terminations"][:, :B],
+            "online": replay.is_online(index[:, :B]).float(),
+            "q_gap_to_match": (q[:, :B] - q[:, B:].gather(1, match)).abs(),
         }
         for name, distance in distances.items():
             into = sums.setdefault(name, {})
