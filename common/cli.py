@@ -24,7 +24,7 @@ from common import InputError, checkpoints, runs
 @dataclass(frozen=True)
 class Range:
     """What a number may be; beside its type, as in `gamma: Share = 0.99`. Without one integers are
-    at least 1 and others at least 0."""
+    from 1 to a million (sizes, which take memory) and others at least 0."""
 
     least: float = 0
     most: float = 10**9
@@ -33,6 +33,7 @@ class Range:
 
 
 Natural = Annotated[int, Range(0)]
+Count = Annotated[int, Range(1)]
 Positive = Annotated[float, Range(open=True)]
 Share = Annotated[float, Range(0, 1)]
 
@@ -56,7 +57,7 @@ class OfflineArgs:
     --dataset FILE"""
     dataset: str = "built-in"
     """built-in, d4rl, minari, a D4RL-layout HDF5 file, OMAR's folder, or a Minari id"""
-    dataset_size: int | None = None
+    dataset_size: Count | None = None
     """fewer offline transitions, for a quick look; default: the data's own size"""
     split: str | None = None
     """partition of the joints as AGENTSxJOINTS, such as 1x6 or 6x1; default: the task's own"""
@@ -69,12 +70,12 @@ class OfflineArgs:
     """updates on the offline data before the first deployment"""
     batch_size: int = 128
     """transitions per update"""
-    eval_every: int = 10_000
+    eval_every: Count = 10_000
     """offline updates between two evaluations"""
     eval_episodes: int = 10
     """episodes of every evaluation and seed; those of the deployments do not count"""
     # Run arguments
-    checkpoint_every: int = 10_000
+    checkpoint_every: Count = 10_000
     """updates between two checkpoints, besides those at every deployment"""
     env_workers: Natural | None = None
     """processes beside this one that step the environments, the numbers stay the same; default: one
@@ -86,7 +87,7 @@ class OfflineArgs:
     and stalls the first wherever it has to wait for its core"""
     cuda_graph: bool = True
     """on CUDA, capture the whole update in one graph"""
-    log_every: int = 500
+    log_every: Count = 500
     """updates between two rows of losses, besides that at the end of every phase"""
     track: bool = False
     """also log to Weights & Biases (pip install wandb)"""
@@ -125,7 +126,7 @@ class OnlineArgs(OfflineArgs):
     # Deployment arguments
     deployments: Natural = 10
     """K, the number of deployments"""
-    deployment_steps: int | None = None
+    deployment_steps: Count | None = None
     """M, environment steps per deployment and seed; default: 1 % of the offline data"""
     save_policies: bool = False
     """keep every deployed policy with OTC's state, policy_k.pt, for benchmarks.correction"""
@@ -314,7 +315,7 @@ def check_ranges(args) -> None:
         name, value = field.name, getattr(args, field.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        may_be = range_of(hints[name]) or Range(1 if isinstance(value, int) else 0)
+        may_be = range_of(hints[name]) or (Range(1, 10**6) if isinstance(value, int) else Range())
         expected = "more than 0" if may_be.open else f"at least {may_be.least}"
         limited = may_be.most <= 1 or value > may_be.most
         expected += f" and at most {may_be.most}" if limited else ""

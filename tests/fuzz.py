@@ -2,7 +2,7 @@
 
     python -m tests.fuzz files 1000
     python -m tests.fuzz checkpoints 300
-    python -m tests.fuzz flags 1000
+    python -m tests.fuzz flags 1000 [FIRST]
 
 Prints the number of an input before trying it, and ends with an error at one that fails.
 """
@@ -43,9 +43,9 @@ def damaged(content: bytes, random: np.random.Generator) -> bytes:
     return bytes(spoilt)
 
 
-def files(folder: Path, count: int) -> None:
+def files(folder: Path, numbers: range) -> None:
     content = write_data(folder / "data.hdf5", episodes=10).read_bytes()
-    for number in range(count):
+    for number in numbers:
         print(number, flush=True)
         path = folder / "spoilt.hdf5"
         path.write_bytes(damaged(content, np.random.default_rng(number)))
@@ -81,14 +81,14 @@ def run_of(folder: Path, script: str = "otc_td3bc") -> tuple[Path, list]:
     return folder / "runs", [*argv, "--run-dir", str(folder / "runs")]
 
 
-def checkpoint_files(folder: Path, count: int) -> None:
+def checkpoint_files(folder: Path, numbers: range) -> None:
     """A damaged one equals the whole or is refused; a resumed run ends or is refused."""
     runs, argv = run_of(folder)
     assert launched(argv, "otc_td3bc") == 0
     (run,) = runs.iterdir()
     path = run / "checkpoint.pt"
     whole, true = path.read_bytes(), torch.load(path, weights_only=True)
-    for number in range(count):
+    for number in numbers:
         print(number, flush=True)
         path.write_bytes(damaged(whole, np.random.default_rng(number)))
         try:
@@ -107,9 +107,9 @@ LASTING = ("_updates", "_every", "deployment", "episodes", "threads", "env_worke
 LASTING += ("rollout", "iterations", "rounds", "seeds", "clone")
 
 
-def flags(folder: Path, count: int) -> None:
+def flags(folder: Path, numbers: range) -> None:
     names = sorted(SCRIPTS)
-    for number in range(count):
+    for number in numbers:
         random = np.random.default_rng(number)
         script = names[number % len(names)]
         fields = dataclasses.fields(importlib.import_module(script).Args)
@@ -127,7 +127,8 @@ def flags(folder: Path, count: int) -> None:
 
 
 if __name__ == "__main__":
-    kind, count = sys.argv[1], int(sys.argv[2])
+    kind, (stop, *first) = sys.argv[1], map(int, sys.argv[2:])
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
-        {"files": files, "checkpoints": checkpoint_files, "flags": flags}[kind](Path(place), count)
+        fuzz = {"files": files, "checkpoints": checkpoint_files, "flags": flags}[kind]
+        fuzz(Path(place), range(*first, stop))
