@@ -256,7 +256,7 @@ def adam(parameters, learning_rate: float) -> torch.optim.Adam:
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load its state but for what this run sets: the learning rate, and what capture needs.
+    """Load its state but for what this run sets: a fixed learning rate, and what capture needs.
     Raises ValueError for another optimiser's, which a fused step would read beyond its end."""
     parameters = optimizer.param_groups[0]["params"]
     for number, moments in state["state"].items():
@@ -265,6 +265,9 @@ def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
             if moment.shape != shape or moment.dtype != torch.float32:
                 raise ValueError(f"an optimiser's {name} has shape {tuple(moment.shape)}")
     groups = optimizer.state_dict()["param_groups"]
+    for group, its in zip(groups, state["param_groups"], strict=True):
+        if isinstance(group["lr"], torch.Tensor):  # which changes, and so is part of the state
+            group["lr"].copy_(its["lr"])
     optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
 
 

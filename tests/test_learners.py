@@ -125,6 +125,7 @@ def test_a_state_dict_holds_all_that_training_depends_on(script):
     torch.save(first.state_dict(), file)
     file.seek(0)
     second.load_state_dict(torch.load(file, weights_only=True))
+    assert_same(second.state_dict(), first.state_dict())
     ends = []
     for agent in (first, second):
         torch.manual_seed(1)
