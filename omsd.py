@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from common import InputError, cli
 from common.cli import Natural, OfflineArgs, Positive, Share
 from common.loop import Training
-from common.nets import Learner, Linear, adam, follow, keep_own, mean_over_own, mlp, step
+from common.nets import Learner, Linear, adam, follow, joint, keep_own, mean_over_own, mlp, step
 from common.replay import Replay
 
 
@@ -288,13 +288,8 @@ class OMSD(Learner):
         for optimizer in self.actor_optimizers:
             optimizer.param_groups[0]["lr"].copy_(rate * fall(done))
 
-    def joint(self, x: torch.Tensor) -> torch.Tensor:
-        """What the agents of each team have, side by side: (G, batch, dim) -> (S, batch, N *
-        dim)."""
-        return x.unflatten(0, (self.S, self.N)).transpose(1, 2).flatten(2)
-
     def of_each(self, x: torch.Tensor) -> torch.Tensor:
-        """The inverse of `joint`."""
+        """The inverse of `nets.joint`."""
         return x.unflatten(2, (self.N, -1)).transpose(1, 2).flatten(0, 1)
 
     def policy(self, obs: torch.Tensor) -> torch.Tensor:
@@ -306,7 +301,7 @@ class OMSD(Learner):
     def update_critics(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """IQL with joint actions, observations scaled."""
         args = self.args
-        obs, next_obs, actions = (self.joint(batch[k]) for k in ("obs", "next_obs", "actions"))
+        obs, next_obs, actions = (joint(batch[k], self.N) for k in ("obs", "next_obs", "actions"))
         rewards, terminations = (batch[k][:: self.N] for k in ("rewards", "terminations"))
         with torch.no_grad():
             target_q = torch.minimum(self.target_qf1(obs, actions), self.target_qf2(obs, actions))
@@ -336,7 +331,7 @@ class OMSD(Learner):
         and alpha and sigma (..., 1)."""
         noised, own = actions, self.own
         if self.args.score == "joint":
-            noised, own = self.joint(actions), None if own is None else self.joint(own)
+            noised, own = joint(actions, self.N), None if own is None else joint(own, self.N)
         low, high = levels
         t = low + (high - low) * torch.rand_like(noised[..., :1])
         noise, (alpha, sigma) = torch.randn_like(noised), noise_schedule(t)
@@ -349,9 +344,9 @@ class OMSD(Learner):
         (G, batch, action_dim) of the agents before its own, 0 in the others' places."""
         score = self.args.score
         if score == "joint":
-            return self.joint(obs)
+            return joint(obs, self.N)
         local = self.args.condition == "local"
-        seen = obs if local else self.joint(obs).repeat_interleave(self.N, dim=0)
+        seen = obs if local else joint(obs, self.N).repeat_interleave(self.N, dim=0)
         if score == "independent":
             return seen
         first = actions[self.first].transpose(1, 2)  # (G, batch, N - 1, action_dim), in order
@@ -385,7 +380,7 @@ class OMSD(Learner):
             found, _, alpha, sigma = self.predict(obs, actions, levels)
             score_drive = WEIGHTS[settings["score_weight"]](alpha, sigma) * found
             score_drive = self.of_each(score_drive) if args.score == "joint" else score_drive
-        obs, actions = self.joint(obs), self.joint(actions).requires_grad_()
+        obs, actions = joint(obs, self.N), joint(actions, self.N).requires_grad_()
         q = (self.target_qf1(obs, actions) + self.target_qf2(obs, actions)) / 2
         gradient = self.of_each(torch.autograd.grad(q.sum(), actions)[0])
         if args.normalize_q:

@@ -24,6 +24,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
 
 
+def flag(name: str) -> str:
+    """The flag of an argument."""
+    return "--" + name.replace("_", "-")
+
+
 def code_version() -> str:
     """The commit of the code, with -dirty where files were changed since; "unknown" without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]

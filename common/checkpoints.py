@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from common import InputError
+from common import InputError, flag
 
 FORMAT = 2  # of checkpoints; 1 and before had none
 
@@ -118,15 +118,13 @@ def check_same(was: dict, args, names, what: str) -> None:
     for name in sorted(names):
         before, now = was.get(name), getattr(args, name, None)
         if before != now:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{what}: the checkpoint was trained with {flag} {before}, not {now}")
+            asked = f"{flag(name)} {before}, not {now}"
+            raise InputError(f"{what}: the checkpoint was trained with {asked}")
 
 
-def check_data(checkpoint: dict, dataset, what: str) -> None:
-    """Raises InputError unless the data is the one that the checkpoint was trained on."""
-    was, now = checkpoint.get("data"), dataset.fingerprint()
+def check_data(checkpoint: dict, now: str, what: str) -> None:
+    """Raises InputError unless the data, `TeamDataset.fingerprint`, is the one that the checkpoint
+    was trained on."""
+    was = checkpoint.get("data")
     if was != now:
-        raise InputError(
-            f"{what}: the data is not what it was: {now} in {dataset.source.split(', ')[-1]}, "
-            f"{was} then"
-        )
+        raise InputError(f"{what}: the data is not what it was: {now}, {was} then")

@@ -18,7 +18,7 @@ from typing import Annotated, ClassVar, Literal, get_args, get_type_hints
 import torch
 import tyro
 
-from common import InputError, checkpoints, runs
+from common import InputError, checkpoints, flag, runs
 
 
 @dataclass(frozen=True)
@@ -196,8 +196,8 @@ def parse(args_type: type, argv: list[str] | None = None, description: str | Non
     if args.resume is None and args.offline_checkpoint is not None:
         args = parse_flags(args_type, argv, default=with_those_of(args, args.offline_checkpoint))
     if args.resume is not None:
-        stored = checkpoints.read_args(args.resume)
-        script = checkpoints.read_record(args.resume).get("script")
+        record = checkpoints.read_record(args.resume)
+        stored, script = record["args"], record.get("script")
         try:
             if script not in (None, Path(inspect.getfile(args_type)).stem):
                 raise TypeError
@@ -269,11 +269,6 @@ def with_those_of(args, folder: str):
         if name in its and (is_policys or name in args.SAME_POLICY):
             taken[name] = its[name]
     return dataclasses.replace(args, **taken)
-
-
-def flag(name: str) -> str:
-    """The flag of an argument."""
-    return "--" + name.replace("_", "-")
 
 
 def check_types(args, where: str) -> None:

@@ -43,7 +43,7 @@ class Training:
         self.data, self.data_return = dataset.fingerprint(), dataset.mean_return()
         if self.checkpoint is not None:
             what = "--offline-checkpoint" if args.resume is None else "--resume"
-            checkpoints.check_data(self.checkpoint, dataset, what)
+            checkpoints.check_data(self.checkpoint, self.data, what)
         self.discrete = dataset.discrete
         S, task = args.num_seeds, datasets.parse_env(args.env)[0]
         self.num_steps = cli.deployment_steps(args, len(dataset.rewards))  # M

@@ -9,6 +9,7 @@ import torch
 from benchmarks.omsd_bandit import exact_end, exact_noise
 from common import InputError
 from common.datasets import load
+from common.nets import joint
 from common.replay import Replay
 from omsd import OMSD, OTHERWISE, PRESETS, Args, end_at_timeouts, noise_schedule, preset
 from tests.helpers import (
@@ -234,7 +235,7 @@ def test_the_drive_of_a_linear_critic_is_beta_times_its_slope(normalize_q):
         by_agent / by_agent.square().mean(2, keepdim=True).sqrt() if normalize_q else by_agent
     )
     torch.testing.assert_close(drive, (0.7 * expected).expand_as(drive), rtol=1e-6, atol=0)
-    torch.testing.assert_close(q, (slope.unsqueeze(1) * agent.joint(batch["actions"])).sum(2))
+    torch.testing.assert_close(q, (slope.unsqueeze(1) * joint(batch["actions"], agent.N)).sum(2))
 
 
 @pytest.mark.parametrize("score", ["decomposed", "independent", "joint"])

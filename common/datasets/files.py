@@ -93,7 +93,7 @@ def download(url: str, path: Path) -> None:
                 try:
                     _fetch(url, path, partial)
                 except urllib.error.URLError:
-                    if not url.startswith("https://rail."):
+                    if not url.startswith("https:"):
                         raise
                     _fetch(url.replace("https", "http", 1), path, partial)
     except (OSError, HTTPException) as error:

@@ -67,8 +67,8 @@ def shared_arrays(fd: int, sizes: tuple[int, ...]) -> dict[str, np.ndarray]:
     }
 
 
-def shared_file(sizes: tuple[int, ...]) -> IO:
-    """A file for `shared_arrays`: in memory, or on disk where the memory for that is full."""
+def shared_file(sizes: tuple[int, ...]) -> tuple[IO, dict[str, np.ndarray]]:
+    """A file and its `shared_arrays`: in memory, or on disk where the memory for that is full."""
     for where in ("/dev/shm", None):
         if where is not None and not os.path.isdir(where):
             continue
@@ -78,8 +78,7 @@ def shared_file(sizes: tuple[int, ...]) -> IO:
             file.close()
             file = os.fdopen(copy, "r+b")
         try:
-            shared_arrays(file.fileno(), sizes)
-            return file
+            return file, shared_arrays(file.fileno(), sizes)
         except OSError as error:
             file.close()
             failed = error
@@ -164,9 +163,9 @@ class WorkerVecEnv(VecEnv):
         paths = [root, *(path or os.getcwd() for path in sys.path)]  # a user's own task, too
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
         sizes = (self.num_envs, self.num_agents, self.obs_dim, self.action_dim, self.num_workers)
-        with shared_file(sizes) as file:
+        file, self.shared = shared_file(sizes)
+        with file:
             fd = file.fileno()
-            self.shared = shared_arrays(fd, sizes)
             for number, share in enumerate(self.shares[1:]):
                 process = subprocess.Popen(
                     [sys.executable, "-c", WORK, str(fd), str(os.getpid())],
