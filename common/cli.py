@@ -172,10 +172,14 @@ def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         what = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         say(f"error: {what}{error}")
-        folder = runs.Run.unfinished
-        if folder is not None and (folder / "checkpoint.pt").exists():
-            say(f"continue with --resume {folder}")
+        run = runs.Run.unfinished
+        if run is not None and (run.folders[0] / "checkpoint.pt").exists():
+            say(f"continue with --resume {run.folders[0]}")
         sys.exit(2)
+    finally:
+        if runs.Run.unfinished is not None:
+            runs.Run.unfinished.close()
+            runs.Run.unfinished = None
 
 
 def say(text: str) -> None:

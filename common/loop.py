@@ -210,14 +210,15 @@ class Training:
     def enter(self, k: int, measured: dict[str, torch.Tensor]) -> None:
         """From here a resumed run goes on; logs what the strategy measured, (G,) each."""
         speed = torch.full((self.args.num_seeds,), self.steps_per_second)
-        self.run.log({"time/env_steps_per_second": speed}, k)
-        self.run.log({tag: value.view(self.shape) for tag, value in measured.items()}, k)
-        self.phase, self.done = k, 0
-        self.save()
-        if self.args.save_policies:
-            agent = {n: v for n, v in self.agent.state_dict().items() if n != "_extra_state"}
-            state = {"agent": agent, "strategy": self.strategy.state_dict(), "deployment": k}
-            self.run.save(state, f"policy_{k - 1}.pt")
+        with self.run.closed_on_error():
+            self.run.log({"time/env_steps_per_second": speed}, k)
+            self.run.log({tag: value.view(self.shape) for tag, value in measured.items()}, k)
+            self.phase, self.done = k, 0
+            self.save()
+            if self.args.save_policies:
+                agent = {n: v for n, v in self.agent.state_dict().items() if n != "_extra_state"}
+                state = {"agent": agent, "strategy": self.strategy.state_dict(), "deployment": k}
+                self.run.save(state, f"policy_{k - 1}.pt")
 
     def finish(self) -> None:
         """The return of pi^K, and the closing table."""

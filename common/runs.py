@@ -60,8 +60,8 @@ class Run:
         InputError: the folder cannot be made.
     """
 
-    unfinished: Path | None = None
-    """folder of this process's latest run, until it is finished"""
+    unfinished: "Run | None" = None
+    """this process's latest run, until it is finished"""
 
     def __init__(
         self,
@@ -76,14 +76,14 @@ class Run:
         self.args, self.script = args, script
         self.seeds = [args.seed + s for s in range(args.num_seeds)]
         self.rows: list[list[dict]] = [[] for _ in self.seeds]
-        self.stop_signal, self.at_stop = None, None
+        self.stop_signal, self.at_stop, self.writers, self.handlers = None, None, [], {}
         if checkpoint is not None:
             self.folders = seeds_folders(args.resume)
             self.rows = checkpoint["rows"]
         else:
             self.folders = self._make_folders(data_return)
         self._lock()
-        Run.unfinished = self.folders[0]
+        Run.unfinished = self
         if args.track:
             self._track()
         if checkpoint is not None:
@@ -91,7 +91,6 @@ class Run:
         self.writers = [SummaryWriter(str(folder)) for folder in self.folders]
         if checkpoint is None:
             self._log_arguments()
-        self.handlers = {}
         if threading.current_thread() is threading.main_thread():  # no other may set them
             for number in filter(None, (getattr(signal, name, None) for name in SIGNALS)):
                 is_ignored = signal.getsignal(number) == signal.SIG_IGN

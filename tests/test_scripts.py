@@ -279,13 +279,14 @@ def test_a_run_that_dies_again_and_again_ends_where_the_unbroken_one_does(
     argv += ["--finetune-updates", 40, "--checkpoint-every", 17]
     run(monkeypatch, script, *argv, "--run-dir", tmp_path / "unbroken")
     module = importlib.import_module(script)
-    options, progress = [*argv, "--run-dir", tmp_path / "broken"], []
+    options, progress, ends = [*argv, "--run-dir", tmp_path / "broken"], [], []
     for number, life in enumerate(LIVES):
         torch.manual_seed(number)  # a new process does not go on with the generators of the old
         with monkeypatch.context() as patch, pytest.raises((Killed, SystemExit)) as end:
             end_life(patch, module, *life)
             run(patch, script, *options)
         assert end.type is Killed or (life[0] == "SIGTERM" and end.value.code == 143)
+        ends.append(end)  # and with it all that died: the folder is free nevertheless
         first, second = sorted((tmp_path / "broken").iterdir())
         options = ["--resume", second if number == 2 else first]
         state = torch.load(first / "checkpoint.pt", weights_only=True)
