@@ -3,9 +3,9 @@
     python -m behaviours.report
 
 Reads the full-size files that are in the cache folder, prints a Markdown table of their whole
-episodes, and writes it with more digits to docs/results/datasets.csv and the return distributions
-to docs/figures/dataset_returns.png (with matplotlib, see requirements-dev.txt). Those of the
-tasks whose agents each see their own state go to docs/results/team_datasets.csv, with scores.
+episodes, and writes it with more digits to docs/results/datasets/datasets.csv and the return
+distributions to docs/figures/dataset_returns.png (with matplotlib, see requirements-dev.txt). Those
+of the tasks whose agents each see their own state go to team_datasets.csv beside it, with scores.
 """
 
 import csv
@@ -79,7 +79,7 @@ def draw(returns: dict[str, np.ndarray], path: Path) -> None:
 
 
 def teams(docs: Path) -> None:
-    """The table of docs/results/team_datasets.csv, of the full-size files that are there."""
+    """The table of team_datasets.csv, of the full-size files that are there."""
     rows = [["dataset", "episodes", "mean", "std", "min", "max", "score"]]
     for task, sizes in BUILT_IN_SIZES.items():
         for quality, size in sizes.items() if maker_of(task) is mpe else ():
@@ -90,7 +90,7 @@ def teams(docs: Path) -> None:
                 rows.append([f"{task}-{quality}", numbers[0], *(f"{x:.1f}" for x in cells)])
                 print("| " + " | ".join(map(str, rows[-1])) + " |")
     if len(rows) > 1:
-        with open(docs / "results" / "team_datasets.csv", "w", newline="") as file:
+        with open(docs / "results/datasets/team_datasets.csv", "w", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
 
 
@@ -111,7 +111,7 @@ def main() -> None:
     if not returns:
         return
 
-    table = docs / "results" / "datasets.csv"
+    table = docs / "results/datasets/datasets.csv"
     table.parent.mkdir(parents=True, exist_ok=True)
     with open(table, "w", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")

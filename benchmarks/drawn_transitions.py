@@ -1,7 +1,7 @@
 r"""What OTC draws: V, rewards and ends of the drawn transitions against those of all data.
 
     OMP_NUM_THREADS=1 python -m benchmarks.drawn_transitions runs/STRATEGIES_RUN \
-        --csv docs/results/drawn_transitions.csv
+        --csv docs/results/otc/drawn_transitions.csv
 
 Draws from the data of a run's last checkpoint as OTC (value) would, whatever the run's own
 --sampling was, with V(s'*) divided by its mean over the matches (as the scripts do), by the mean

@@ -1,6 +1,6 @@
 """How the KL weight of OTC's conditional VAE changes what its embedding matches.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.embedding_kl --csv docs/results/embedding_kl.csv
+    OMP_NUM_THREADS=1 python -m benchmarks.embedding_kl --csv docs/results/otc/embedding_kl.csv
 
 For each weight a VAE is trained on the offline data alone; then 512 transitions are matched with
 the nearest of 2,000 others. A match is good if its state, action and next state are nearer than

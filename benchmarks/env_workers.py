@@ -1,6 +1,7 @@
 """Steps per second of the environments in one process and in several.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.env_workers --csv docs/results/env_workers.csv
+    OMP_NUM_THREADS=1 python -m benchmarks.env_workers \
+        --csv docs/results/environments/env_workers.csv
 
 Uniform actions; the two are timed in turn, and the median of the repetitions is printed.
 """

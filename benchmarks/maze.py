@@ -1,7 +1,7 @@
 """The mazes: what random actions and the waypoint controller score, and the built-in data.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.maze plays --csv docs/results/maze_plays.csv
-    OMP_NUM_THREADS=1 python -m benchmarks.maze data --csv docs/results/maze_data.csv
+    OMP_NUM_THREADS=1 python -m benchmarks.maze plays --csv docs/results/environments/maze_plays.csv
+    OMP_NUM_THREADS=1 python -m benchmarks.maze data --csv docs/results/datasets/maze_data.csv
     MUJOCO_GL=egl python -m benchmarks.maze pictures
 
 `plays`: whole episodes of uniform actions, and of the controller that makes the built-in data, sent

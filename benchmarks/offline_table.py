@@ -3,12 +3,12 @@
     for env in {halfcheetah,walker2d,hopper}-{random,medium-replay,medium}; do
         python otc_bcq.py --env $env --deployments 0 --sampling uniform --run-dir runs/offline
     done
-    python -m benchmarks.offline_table runs/offline --csv docs/results/bcq_offline.csv
+    python -m benchmarks.offline_table runs/offline --csv docs/results/otc_bcq/offline.csv
 
 and for the sweeps of benchmarks/grids/single_agent.toml and omar.toml: their folders.
 
-The behaviour's return is the mean of the data's whole episodes, from docs/results/datasets.csv and
-team_datasets.csv; a maze's data has no episodes.
+The behaviour's return is the mean of the data's whole episodes, from the tables in
+docs/results/datasets; a maze's data has no episodes.
 """
 
 import csv
@@ -36,7 +36,7 @@ class Args:
 
 
 def main(args: Args) -> None:
-    results = Path(__file__).parents[1] / "docs" / "results"
+    results = Path(__file__).parents[1] / "docs/results/datasets"
     behaviour = {
         row["dataset"]: row
         for table in ("datasets.csv", "team_datasets.csv")

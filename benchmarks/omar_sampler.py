@@ -1,6 +1,6 @@
 r"""Why OMAR samples: on a critic with two peaks the policy gradient climbs the nearer one.
 
-    python -m benchmarks.omar_sampler --csv docs/results/omar_sampler.csv \
+    python -m benchmarks.omar_sampler --csv docs/results/omar/sampler.csv \
         --figure docs/figures/omar_sampler.png
 
 One action dimension; 1,000 policies start at the lower peak's foot. Prints the share of them that

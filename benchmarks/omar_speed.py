@@ -1,6 +1,6 @@
 """Milliseconds per offline update of the four learners of OMAR's table, in turn.
 
-OMP_NUM_THREADS=1 python -m benchmarks.omar_speed --csv docs/results/omar_speed.csv
+OMP_NUM_THREADS=1 python -m benchmarks.omar_speed --csv docs/results/omar/speed.csv
 """
 
 from dataclasses import dataclass

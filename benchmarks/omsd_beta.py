@@ -2,7 +2,7 @@ r"""Returns of OMSD's policies over beta: critics and denoisers are trained once
 set, then fresh policies per beta.
 
     OMP_NUM_THREADS=1 python -m benchmarks.omsd_beta simple-spread-expert simple-spread-random \
-        --csv docs/results/omsd_beta.csv
+        --csv docs/results/omsd/beta.csv
 
 All seeds are stacked. A row per data set, score, beta and seed; what there is of the file is kept,
 and its settings are not measured again.

@@ -1,6 +1,6 @@
 """Milliseconds of processor time per update of OMSD's two stages, and memory.
 
-OMP_NUM_THREADS=1 python -m benchmarks.omsd_speed --csv docs/results/omsd_speed.csv
+OMP_NUM_THREADS=1 python -m benchmarks.omsd_speed --csv docs/results/omsd/speed.csv
 """
 
 import resource

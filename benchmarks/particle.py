@@ -1,9 +1,11 @@
 """The particle tasks: what scripted play scores, steps per second, and the pictures in the docs.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.particle plays --csv docs/results/particle_plays.csv
-    OMP_NUM_THREADS=1 python -m benchmarks.particle speed --csv docs/results/particle_speed.csv
+    OMP_NUM_THREADS=1 python -m benchmarks.particle plays \
+        --csv docs/results/environments/particle_plays.csv
+    OMP_NUM_THREADS=1 python -m benchmarks.particle speed \
+        --csv docs/results/environments/particle_speed.csv
     OMP_NUM_THREADS=1 python -m benchmarks.particle speed --family mpe --csv FILE
-    python -m benchmarks.particle pictures [--family mpe]
+    python -m benchmarks.particle pictures --family mpe
 
 Predator-prey: `random`; `one` and `three` run straight at the prey; `one planning` and `corner`
 (all three) know the prey's rule and choose their next moves in turn, by what the prey would do.

@@ -1,6 +1,6 @@
 """Processor time per update of the scripts for offline coordination, at their defaults.
 
-    python -m benchmarks.team_speed --csv docs/results/team_speed.csv
+    python -m benchmarks.team_speed --csv docs/results/speed/team_speed.csv
 
 On reacher-full-expert-mix, one core; processor time, so that other work on the machine counts
 little. MOMA-PPO's updates are of two kinds, and those of the policies depend on the history.

@@ -105,7 +105,7 @@ def test_the_offline_table_pools_one_learner_and_every_seed_once(tmp_path, refus
 
 
 def test_the_behaviours_score_is_that_of_its_own_table(tmp_path, capsys):
-    with open(ROOT / "docs/results/team_datasets.csv") as file:
+    with open(ROOT / "docs/results/datasets/team_datasets.csv") as file:
         scores = {row["dataset"]: row["score"] for row in csv.DictReader(file)}
     for env in scores:
         fake_run(tmp_path, "omar", 1, [1.0], env=env)

@@ -47,7 +47,7 @@ COOPERATIVE_NAVIGATION = {
     10: (-87.2, -12.7),
 }
 # Returns of uniform actions and of the expert of the built-in data, from
-# docs/results/team_evaluation.csv
+# docs/results/datasets/team_evaluation.csv
 SIMPLE_SPREAD = {1: (32.6, 200.9), 2: (90.9, 392.9), 4: (246.2, 476.2), 5: (335.9, 394.6)}
 # SMAX's maps on which the allies are of one type, and SMAC's. A victory pays 1 in SMAX, all damage
 # together 1 as well; in SMAC with its default rewards a victory brings the return to 20.
@@ -89,7 +89,7 @@ TASKS = {
     "reacher-full": Task(*REACHER),
     "reacher-independent": Task(*REACHER, views=(INNER + TARGET, OUTER + TARGET)),
     "reacher-leader": Task(*REACHER, views=(INNER + OUTER + TARGET, INNER + OUTER)),
-    # Returns of the built-in random and expert data, from docs/results/team_datasets.csv
+    # Returns of the built-in random and expert data, from docs/results/datasets/team_datasets.csv
     "halfcheetah-local": Task("mujoco", "HalfCheetah-v5", "2x3", -286.2, 1649.2, local=True),
     # D4RL's goals and horizons; its reference returns (docs/environments.md)
     "maze2d-umaze": Task("maze", "U_MAZE", "", 23.85, 161.86, {"goal": (1, 1), "limit": 300}),
@@ -129,7 +129,7 @@ TASKS = {
     ),
     **{name: Task("smax", name, win_return=1.5) for name in SMAX_MAPS},
     # Returns of random actions and of the last policy of the built-in data's training, from
-    # docs/results/smax_evaluation.csv
+    # docs/results/datasets/smax_evaluation.csv
     "5m_vs_6m": Task("smax", "5m_vs_6m", "", 0.137, 1.602, win_return=1.5),
     **{f"smac-{name}": Task("smac", name, win_return=19.99) for name in SMAC_MAPS},
 }
