@@ -35,6 +35,8 @@ class Args:
     """transitions per SAC update"""
     out: Path | None = None
     """folder for the snapshots, by default snapshots/{task}"""
+    resume: bool = False
+    """go on from the learner and the replay buffer in `out`, written every 50,000 steps"""
 
 
 def new_folder(out: Path) -> Path:
@@ -71,7 +73,11 @@ def main(args: Args) -> None:
     tasks = [t for t, r in TASKS.items() if r.family == "mujoco" and not (r.local or r.views)]
     if args.task not in tasks:
         raise InputError(f"unknown --task {args.task}: {nearest(args.task, tasks)}")
-    out = new_folder(args.out or Path("snapshots", args.task))
+    out = args.out or Path("snapshots", args.task)
+    if not args.resume:
+        new_folder(out)
+    elif not (out / "sac.zip").exists():
+        raise InputError(f"--resume: no sac.zip in {out}")
 
     from stable_baselines3 import SAC
     from stable_baselines3.common.callbacks import BaseCallback
@@ -88,11 +94,21 @@ def main(args: Args) -> None:
         def _on_step(self) -> bool:
             if self.num_timesteps % args.snapshot_every == 0:
                 np.savez(out / f"{self.num_timesteps:07d}.npz", **actor_arrays(self.model.actor))
+            if self.num_timesteps % 50_000 == 0 and self.num_timesteps:
+                self.model.save_replay_buffer(out / "buffer.pkl")
+                self.model.save(out / "sac.zip")
             return True
 
+    env = Monitor(make_single(args.task))
+    if args.resume:
+        model = SAC.load(out / "sac.zip", env, device="cpu")
+        model.load_replay_buffer(out / "buffer.pkl")
+        left = args.steps - model.num_timesteps
+        model.learn(left, callback=Snapshots(), log_interval=20, reset_num_timesteps=False)
+        return
     model = SAC(
         "MlpPolicy",
-        Monitor(make_single(args.task)),
+        env,
         batch_size=args.batch_size,
         learning_starts=5_000,
         policy_kwargs={"net_arch": {"pi": [64, 64], "qf": [256, 256]}},
