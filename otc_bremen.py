@@ -156,15 +156,18 @@ class DynamicsEnsemble(nn.Module):
         self.register_buffer("low", torch.full((G, 1, obs_dim), -torch.inf))
         self.register_buffer("high", torch.full((G, 1, obs_dim), torch.inf))
 
+    def outputs(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """Of every member, (G, num_models, batch, obs_dim + 2)."""
+        x = torch.cat([obs, actions], dim=2).repeat_interleave(self.num_models, dim=0)
+        return self.network(x).unflatten(0, (-1, self.num_models))
+
     def loss(self, obs, actions, next_obs, rewards, terminations) -> tuple[torch.Tensor, ...]:
         """Squared errors of the scaled change of state and reward, cross-entropy of termination;
         (G, num_models) each. Members see the same batch and differ by their initialisation."""
         delta = (next_obs - obs - self.delta_mean) / self.delta_std
         rewards = (rewards - self.reward_mean) / self.reward_std
-        x = torch.cat([obs, actions], dim=2)
-        output = self.network(x.repeat_interleave(self.num_models, dim=0))
+        output = self.outputs(obs, actions)
         # (G, num_models, batch, obs_dim), and twice (G, num_models, batch)
-        output = output.unflatten(0, (-1, self.num_models))
         output_delta, output_reward, logit = output[..., :-2], output[..., -2], output[..., -1]
         terminations = terminations.unsqueeze(1).expand_as(logit)
         return (
@@ -179,11 +182,18 @@ class DynamicsEnsemble(nn.Module):
         Returns the next scaled observation (G, batch, obs_dim), the reward and the probability of
         termination (G, batch).
         """
-        first = torch.arange(0, len(self.network[0].weight), self.num_models, device=obs.device)
-        rows = first + members
+        rows = self.num_models * torch.arange(len(members), device=obs.device) + members
         weights = {name: p.index_select(0, rows) for name, p in self.network.named_parameters()}
-        x = torch.cat([obs, actions], dim=2)
-        output = torch.func.functional_call(self.network, weights, x)
+        output = torch.func.functional_call(self.network, weights, torch.cat([obs, actions], 2))
+        return self.expected(obs, output)
+
+    def predict_all(self, obs: torch.Tensor, actions: torch.Tensor):
+        """What every member expects, one member's (G, batch) after another's."""
+        output = self.outputs(obs, actions).flatten(1, 2)
+        return self.expected(obs.repeat(1, self.num_models, 1), output)
+
+    def expected(self, obs: torch.Tensor, output: torch.Tensor):
+        """What outputs of the network say of transitions from `obs`."""
         next_obs = obs + self.delta_mean + self.delta_std * output[..., :-2]
         rewards = self.reward_mean + self.reward_std * output[..., -2]
         p_end = torch.sigmoid(output[..., -1]) * self.terminates
@@ -289,15 +299,12 @@ class BREMEN(Learner):
         args, actions = self.args, batch["actions"]
         obs, next_obs = self.scaled(batch["obs"]), self.scaled(batch["next_obs"])
         rewards, terminations = batch["rewards"], batch["terminations"]
-        losses = self.model.loss(obs, actions, next_obs, rewards, terminations)  # (G, num_models)
-        model_loss, reward_loss, termination_loss = losses
+        of_models = self.model.loss(obs, actions, next_obs, rewards, terminations)
+        model_loss, reward_loss, termination_loss = of_models  # (G, num_models)
         loss = model_loss + reward_loss + self.model.terminates * termination_loss
         step(self.model_optimizer, loss)
-        measured = {
-            "model_loss": model_loss.mean(1),
-            "reward_loss": reward_loss.mean(1),
-            "termination_loss": termination_loss.mean(1),
-        }
+        names = "model_loss", "reward_loss", "termination_loss"
+        measured = {name: x.mean(1) for name, x in zip(names, of_models, strict=True)}
         if kind == "clone":
             mean, _ = self.actor(obs)
             clone_loss = mean_over_own((mean - actions).square(), self.own)
@@ -329,8 +336,7 @@ class BREMEN(Learner):
         weights = valid / valid.sum(1, keepdim=True)
         advantages = advantages - (weights * advantages).sum(1, keepdim=True)
         spread = (weights * advantages.square()).sum(1, keepdim=True).sqrt()
-        advantages = advantages / (spread + 1e-8)
-        measured = self.improve_policy(obs, actions, advantages, weights)
+        measured = self.improve_policy(obs, actions, advantages / (spread + 1e-8), weights)
 
         for _ in range(args.value_updates):
             index = torch.randint(obs.shape[1], (len(obs), args.batch_size), device=obs.device)
@@ -390,14 +396,12 @@ class BREMEN(Learner):
         kl = (some * kl_between(*(x.detach() for x in new), *new, self.own)).sum()
         (kl_gradient,) = torch.autograd.grad(kl, theta, create_graph=True)
 
-        def fisher_vector_product(vector):
+        def fisher(vector):
             product = torch.autograd.grad(kl_gradient, theta, vector, retain_graph=True)[0]
             return product + CG_DAMPING * vector
 
         limits = self.args.kl_limit, self.args.cg_iterations
-        new_theta, *result = trust_region_step(
-            theta.detach(), gradient, fisher_vector_product, evaluate, *limits
-        )
+        new_theta, *result = trust_region_step(theta.detach(), gradient, fisher, evaluate, *limits)
         with torch.no_grad():
             for name, value in shaped_like(self.actor, new_theta).items():
                 self.actor.get_parameter(name).copy_(value)
@@ -423,12 +427,9 @@ class BREMEN(Learner):
     @torch.no_grad()
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q(s, a_i), the mean over members of the reward and the value they expect: (G, batch)."""
-        q, obs = 0, self.scaled(obs)
-        for m in range(self.args.num_models):
-            members = torch.full((len(obs),), m, device=obs.device)
-            next_obs, rewards, p_end = self.model.predict(obs, actions, members)
-            q = q + rewards + self.args.gamma * (1 - p_end) * self.vf(next_obs)
-        return q / self.args.num_models
+        next_obs, rewards, p_end = self.model.predict_all(self.scaled(obs), actions)
+        q = rewards + self.args.gamma * (1 - p_end) * self.vf(next_obs)
+        return q.unflatten(1, (self.args.num_models, -1)).mean(1)
 
     @torch.no_grad()
     def value(self, obs: torch.Tensor) -> torch.Tensor:
@@ -556,7 +557,11 @@ class OTC(Strategy):
             self.alpha.copy_(alpha if args.alpha_max is None else alpha.clamp(max=args.alpha_max))
         usable = sampler.usable(distance)
         self.mean_distance.copy_(torch.where(usable, distance, self.mean_distance))
-        return {"otc/alpha": self.alpha, "otc/transition_distance": self.mean_distance}
+        return {
+            "otc/alpha": self.alpha,
+            "otc/transition_distance": self.mean_distance,
+            "otc/effective_sample_size": sampler.effective_sample_size(self.alpha, args.candidates),
+        }
 
     def draw(self, agent: Learner) -> torch.Tensor:
         """(G, batch_size) indices of the transitions of one update."""
@@ -598,13 +603,11 @@ class OTC(Strategy):
             end_star = end_star.gather(1, match)
         # Nothing follows an end, and its V is not learned: pairs with one are drawn as by chance
         is_end = (end > 0) | (end_star > 0)
-        v_next = sampler.relative_to_mean(v_next, is_end)
-        v_star = v_star if of_all else sampler.relative_to_mean(v_star, is_end)
+        if of_all:
+            v_next = sampler.relative_to_mean(v_next, is_end)
+        else:
+            v_next, v_star = sampler.relative_to_mean(torch.stack([v_next, v_star]), is_end)
         return sampler.rank_at_random((v_next - v_star).abs(), is_end)
-
-    def diagnostics(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        size = sampler.effective_sample_size(self.alpha, self.args.candidates)
-        return super().diagnostics(index) | {"otc/effective_sample_size": size}
 
 
 # --- Main: Algorithm 1 ---

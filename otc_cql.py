@@ -29,7 +29,17 @@ from common import cli, embedding, sampler, strategies
 from common.cli import Natural, OnlineArgs, Share
 from common.embedding import Distance
 from common.loop import Training
-from common.nets import Actor, Critic, Learner, adam, count_own, follow, keep_own, mlp, step
+from common.nets import (
+    Actor,
+    Learner,
+    TwinCritic,
+    adam,
+    count_own,
+    follow,
+    keep_own,
+    mlp,
+    step,
+)
 from common.replay import Replay
 from common.strategies import Strategy
 
@@ -117,10 +127,10 @@ class SquashedGaussianActor(Actor):
         mean, log_std = self.network(obs).chunk(2, dim=2)
         return mean, (log_std - 1).clamp(-20, 2)  # a start with a smaller std than 1
 
-    def sample(self, obs, num: int = 1):
+    def sample(self, mean, log_std, num: int = 1):
         """Actions (G, batch, num, action_dim) and their log densities (G, batch, num)."""
-        mean, log_std = (x.unsqueeze(2) for x in self(obs))
-        noise = torch.randn(*obs.shape[:2], num, mean.shape[3], device=obs.device)
+        mean, log_std = mean.unsqueeze(2), log_std.unsqueeze(2)
+        noise = torch.randn(*mean.shape[:2], num, mean.shape[3], device=mean.device)
         before = mean + log_std.exp() * noise
         log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
         # log(1 - tanh(x)^2), without the difference of nearly equal numbers
@@ -140,24 +150,19 @@ class CQL(Learner):
         self.args = args
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         self.actor = SquashedGaussianActor(*sizes)
-        self.qf1, self.qf2 = Critic(*sizes), Critic(*sizes)
-        self.target_qf1, self.target_qf2 = Critic(*sizes), Critic(*sizes)
-        self.live = nn.ModuleList([self.qf1, self.qf2])
-        self.target = nn.ModuleList([self.target_qf1, self.target_qf2])
+        self.qf = TwinCritic(*sizes)
+        self.target_qf = TwinCritic(*sizes)
+        self.live = nn.ModuleList([self.qf])
+        self.target = nn.ModuleList([self.target_qf])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(G))  # SAC's, of the entropy
         self.log_factor = nn.Parameter(torch.zeros(G))  # of the penalty, with --lagrange
         self.qf_optimizer = adam(self.live.parameters(), args.critic_learning_rate)
-        self.actor_optimizer = adam(self.actor.parameters(), args.actor_learning_rate)
-        self.temperature_optimizer = adam([self.log_temperature], args.actor_learning_rate)
+        actor_parameters = [*self.actor.parameters(), self.log_temperature]
+        self.actor_optimizer = adam(actor_parameters, args.actor_learning_rate)
         self.factor_optimizer = adam([self.log_factor], args.critic_learning_rate)
-        self.optimizers = [
-            self.qf_optimizer,
-            self.actor_optimizer,
-            self.temperature_optimizer,
-            self.factor_optimizer,
-        ]
+        self.optimizers = [self.qf_optimizer, self.actor_optimizer, self.factor_optimizer]
 
     def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One update of every network on a batch as `Replay.gather` returns it; losses (G,)."""
@@ -168,75 +173,68 @@ class CQL(Learner):
         # Critics: y = r + gamma * the smaller target critic at an action of the policy, without
         # its entropy; and the conservative penalty.
         with torch.no_grad():
-            next_actions = self.actor.sample(next_obs)[0].squeeze(2)
-            next_q1 = self.target_qf1(next_obs, next_actions)
-            next_q2 = self.target_qf2(next_obs, next_actions)
-            next_q = torch.minimum(next_q1, next_q2)
+            next_policy = self.actor(next_obs)  # mean and log-std
+            next_actions = self.actor.sample(*next_policy)[0].squeeze(2)
+            next_q = self.target_qf(next_obs, next_actions).amin(0)
             target = batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
-        q1, q2 = self.qf1(obs, actions), self.qf2(obs, actions)
-        qf1_loss, qf2_loss = (q1 - target).square().mean(1), (q2 - target).square().mean(1)
-        gap1, gap2 = self.conservative_gap(obs, next_obs, q1, q2)  # (G,) each
+        q = self.qf(obs, actions)  # (2, G, batch)
+        qf_loss = (q - target).square().mean(2)  # (2, G)
+        policy = self.actor(obs)
+        gap = self.conservative_gap(obs, policy, next_policy, q)  # (2, G)
         weight, target_gap = args.cql_alpha, 0.0
         if args.lagrange:
             weight = args.cql_alpha * self.log_factor.detach().exp().clamp(max=1e6)
             target_gap = args.target_gap
-        penalty = weight * (gap1 + gap2 - 2 * target_gap)
-        step(self.qf_optimizer, qf1_loss + qf2_loss + penalty)
+        step(self.qf_optimizer, qf_loss + weight * (gap - target_gap))
         if args.lagrange:  # the factor grows while the gap is above its target
-            mean_gap = (gap1 + gap2).detach() / 2
+            mean_gap = gap.detach().mean(0)
             step(self.factor_optimizer, self.log_factor.exp() * (target_gap - mean_gap))
 
-        # Actor: climb the smaller critic and keep entropy.
+        # Actor: climb the smaller critic and keep entropy; the temperature aims at an entropy of
+        # -dim(A).
         temperature = self.log_temperature.detach().exp()  # (G,)
-        policy_actions, log_prob = (x.squeeze(2) for x in self.actor.sample(obs))
-        q = torch.minimum(self.qf1(obs, policy_actions), self.qf2(obs, policy_actions))
-        actor_loss = (temperature.unsqueeze(1) * log_prob - q).mean(1)
-        step(self.actor_optimizer, actor_loss)
-
-        # Temperature: towards an entropy of -dim(A).
+        policy_actions, log_prob = (x.squeeze(2) for x in self.actor.sample(*policy))
+        own_q = torch.minimum(*self.qf(obs, policy_actions))
+        actor_loss = (temperature.unsqueeze(1) * log_prob - own_q).mean(1)
         entropy = -log_prob.detach().mean(1)
-        step(
-            self.temperature_optimizer,
-            self.log_temperature * (entropy + count_own(actions, self.own)),
-        )
+        temperature_loss = self.log_temperature * (entropy + count_own(actions, self.own))
+        step(self.actor_optimizer, actor_loss + temperature_loss)
 
         follow(self.target, self.live, args.tau)
         return {
-            "losses/qf1_loss": qf1_loss.detach(),
-            "losses/qf2_loss": qf2_loss.detach(),
-            "losses/qf1_values": q1.detach().mean(1),
-            "losses/conservative_gap": (gap1 + gap2).detach() / 2,
+            "losses/qf1_loss": qf_loss[0].detach(),
+            "losses/qf2_loss": qf_loss[1].detach(),
+            "losses/qf1_values": q[0].detach().mean(1),
+            "losses/conservative_gap": gap.detach().mean(0),
             "losses/actor_loss": actor_loss.detach(),
             "losses/entropy": entropy,
             "losses/temperature": temperature,
         }
 
-    def conservative_gap(self, obs, next_obs, q1, q2) -> tuple[torch.Tensor, torch.Tensor]:
-        """CQL's penalty of each critic, (G,): logsumexp of Q over actions of three kinds, with
+    def conservative_gap(self, obs, policy, next_policy, q) -> torch.Tensor:
+        """CQL's penalty of each critic, (2, G): logsumexp of Q over actions of three kinds, with
         importance weights, minus Q of the data's actions; equation (4) with the entropy as R.
         Observations are scaled.
 
         Args:
-            q1, q2: (G, batch), each critic at the data's actions.
+            policy, next_policy: mean and log-std at s and s', (G, batch, action_dim) each.
+            q: (2, G, batch), each critic at the data's actions.
         """
         num = self.args.num_penalty_actions
         with torch.no_grad():
-            at_obs, log_prob = self.actor.sample(obs, num)
-            at_next_obs, next_log_prob = self.actor.sample(next_obs, num)
+            at_obs, log_prob = self.actor.sample(*policy, num)
+            at_next_obs, next_log_prob = self.actor.sample(*next_policy, num)
             uniform = keep_own(2 * torch.rand_like(at_obs) - 1, self.own)
             log_uniform = (-math.log(2) * count_own(uniform, self.own)).view(-1, 1, 1)
             sampled = torch.cat([uniform, at_obs, at_next_obs], dim=2).flatten(1, 2)
             log_uniform = log_uniform.expand_as(log_prob)
             log_density = torch.cat([log_uniform, log_prob, next_log_prob], dim=2)
             repeated = obs.repeat_interleave(3 * num, dim=1)  # s for all three kinds
-            rows = repeated.shape[1] if obs.is_cuda else 480  # at a time: what a CPU's cache holds
+            rows = 960 if obs.is_cpu else repeated.shape[1]  # at a time: what its cache holds
             parts = list(zip(repeated.split(rows, 1), sampled.split(rows, 1), strict=True))
-        gaps = []
-        for qf, q in ((self.qf1, q1), (self.qf2, q2)):
-            q_sampled = torch.cat([qf(*part) for part in parts], dim=1)
-            q_sampled = q_sampled.unflatten(1, (-1, 3 * num))  # (G, batch, 3 * num)
-            gaps.append((torch.logsumexp(q_sampled - log_density, dim=2) - q).mean(1))
-        return gaps[0], gaps[1]
+        q_sampled = torch.cat([self.qf(*part) for part in parts], dim=2)
+        q_sampled = q_sampled.unflatten(2, (-1, 3 * num))  # (2, G, batch, 3 * num)
+        return (torch.logsumexp(q_sampled - log_density, dim=3) - q).mean(2)
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
@@ -246,20 +244,20 @@ class CQL(Learner):
     @torch.no_grad()
     def explore(self, obs: torch.Tensor) -> torch.Tensor:
         """A sample of the policy; shapes as of `act`."""
-        return self.actor.sample(self.scaled(obs))[0].squeeze(2)
+        return self.actor.sample(*self.actor(self.scaled(obs)))[0].squeeze(2)
 
     @torch.no_grad()
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q(s, a_i), the smaller of the live twin critics: (G, batch)."""
         obs = self.scaled(obs)
-        return torch.minimum(self.qf1(obs, actions), self.qf2(obs, actions))
+        return self.qf(obs, actions).amin(0)
 
     @torch.no_grad()
     def value(self, obs: torch.Tensor) -> torch.Tensor:
         """V(s), the mean of Q over num_value_actions actions of the policy: (G, batch)."""
         num = self.args.num_value_actions
         repeated = obs.repeat_interleave(num, dim=1)
-        actions = self.actor.sample(self.scaled(obs), num)[0].flatten(1, 2)
+        actions = self.actor.sample(*self.actor(self.scaled(obs)), num)[0].flatten(1, 2)
         return self.q_value(repeated, actions).unflatten(1, (-1, num)).mean(2)
 
 
@@ -290,7 +288,11 @@ class OTC(Strategy):
             self.alpha.copy_(alpha if args.alpha_max is None else alpha.clamp(max=args.alpha_max))
         usable = sampler.usable(distance)
         self.mean_distance.copy_(torch.where(usable, distance, self.mean_distance))
-        return {"otc/alpha": self.alpha, "otc/transition_distance": self.mean_distance}
+        return {
+            "otc/alpha": self.alpha,
+            "otc/transition_distance": self.mean_distance,
+            "otc/effective_sample_size": sampler.effective_sample_size(self.alpha, args.candidates),
+        }
 
     def draw(self, agent: Learner) -> torch.Tensor:
         """(G, batch_size) indices of the transitions of one update."""
@@ -332,13 +334,11 @@ class OTC(Strategy):
             end_star = end_star.gather(1, match)
         # Nothing follows an end, and its V is not learned: pairs with one are drawn as by chance
         is_end = (end > 0) | (end_star > 0)
-        v_next = sampler.relative_to_mean(v_next, is_end)
-        v_star = v_star if of_all else sampler.relative_to_mean(v_star, is_end)
+        if of_all:
+            v_next = sampler.relative_to_mean(v_next, is_end)
+        else:
+            v_next, v_star = sampler.relative_to_mean(torch.stack([v_next, v_star]), is_end)
         return sampler.rank_at_random((v_next - v_star).abs(), is_end)
-
-    def diagnostics(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        size = sampler.effective_sample_size(self.alpha, self.args.candidates)
-        return super().diagnostics(index) | {"otc/effective_sample_size": size}
 
 
 # --- Main: Algorithm 1 ---

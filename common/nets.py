@@ -26,9 +26,12 @@ class Linear(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight.shape[2] == 1 and not x.is_cuda:  # faster on a CPU
-            return (x * self.weight.mT).sum(2, keepdim=True) + self.bias
-        return torch.bmm(x, self.weight).add_(self.bias)
+        weight, bias = self.weight, self.bias
+        if len(x) < len(weight):  # the first of the stack alone
+            weight, bias = weight[: len(x)], bias[: len(x)]
+        if weight.shape[2] == 1 and x.is_cpu:  # faster there
+            return (x * weight.mT).sum(2, keepdim=True) + bias
+        return torch.bmm(x, weight).add_(bias)
 
 
 def joint(x: torch.Tensor, num_agents: int) -> torch.Tensor:
@@ -42,9 +45,32 @@ def of_each(x: torch.Tensor, num_agents: int) -> torch.Tensor:
     return x.unflatten(2, (num_agents, -1)).transpose(1, 2).flatten(0, 1)
 
 
-def mlp(num_groups: int, in_features: int, hidden_size: int, out_features: int) -> nn.Sequential:
+class Stack(nn.Sequential):
+    """`Linear`s with ReLU between them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(G, batch, in) -> (G, batch, out); of twins (2, G, batch, in) -> (2 G, batch, out)."""
+        if not x.is_cpu or x.shape[-2] < 512:
+            return super().forward(x if x.dim() == 3 else x.flatten(0, 1))
+        # Many rows on a CPU: group by group, whose numbers the cache holds from layer to layer
+        layers = [layer for layer in self if isinstance(layer, Linear)]
+        weights = zip(*(layer.weight for layer in layers), strict=True)
+        biases = zip(*(layer.bias for layer in layers), strict=True)
+        inputs = x if x.dim() == 3 else [each for part in x for each in part]  # copies nothing
+        outputs = []
+        for h, (*hidden, last), (*shifts, shift) in zip(inputs, weights, biases, strict=False):
+            for weight, bias in zip(hidden, shifts, strict=True):
+                h = torch.mm(h, weight).add_(bias).relu_()
+            if last.shape[1] == 1:
+                outputs.append(torch.addmv(shift[0], h, last[:, 0]).unsqueeze(1))
+            else:
+                outputs.append(torch.mm(h, last).add_(shift))
+        return torch.stack(outputs)
+
+
+def mlp(num_groups: int, in_features: int, hidden_size: int, out_features: int) -> Stack:
     """Two hidden layers with ReLU."""
-    return nn.Sequential(
+    return Stack(
         Linear(num_groups, in_features, hidden_size),
         nn.ReLU(inplace=True),
         Linear(num_groups, hidden_size, hidden_size),
@@ -62,6 +88,32 @@ class Critic(nn.Module):
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """(G, batch, obs_dim), (G, batch, action_dim) -> (G, batch)."""
+        return self.network(torch.cat([obs, actions], dim=2)).squeeze(2)
+
+
+def twin(first: Stack, second: Stack) -> Stack:
+    """Two networks of G groups as one of 2 G, the first's before the second's."""
+    for layer, other in zip(first, second, strict=True):
+        if isinstance(layer, Linear):
+            layer.weight = nn.Parameter(torch.cat([layer.weight, other.weight]).detach())
+            layer.bias = nn.Parameter(torch.cat([layer.bias, other.bias]).detach())
+    return first
+
+
+class TwinCritic(nn.Module):
+    """Two critics Q(s, a_i) of G groups from starts of their own, in one stack of 2 G networks."""
+
+    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
+        super().__init__()
+        self.network = twin(*(mlp(G, obs_dim + action_dim, hidden_size, 1) for _ in range(2)))
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """(G, batch, obs_dim), (G, batch, action_dim) -> (2, G, batch)."""
+        twice = [x.expand(2, -1, -1, -1) for x in (obs, actions)]
+        return self.network(torch.cat(twice, dim=3).flatten(0, 1)).view(2, len(obs), -1)
+
+    def first(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """The first critic alone: (G, batch)."""
         return self.network(torch.cat([obs, actions], dim=2)).squeeze(2)
 
 
@@ -267,10 +319,8 @@ class Learner(nn.Module):
 
 
 def adam(parameters, learning_rate: float) -> torch.optim.Adam:
-    """Adam in one kernel, able to be captured in a CUDA graph."""
-    parameters = list(parameters)
-    capturable = parameters[0].is_cuda
-    return torch.optim.Adam(parameters, learning_rate, fused=True, capturable=capturable)
+    """Adam in one kernel."""
+    return torch.optim.Adam(list(parameters), learning_rate, fused=True)
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -293,11 +343,13 @@ def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor, clip=None) -> Non
     """One step on the sum of a loss (G,), with gradients of the optimiser's own parameters only.
     `clip`, a number of teams and a norm: the gradient of each team is shortened to that norm."""
     parameters = optimizer.param_groups[0]["params"]
-    gradients = torch.autograd.grad(loss.sum(), parameters)
+    gradients = torch.autograd.grad(loss, parameters, torch.ones_like(loss))
     if clip is not None:
         gradients = clipped(gradients, *clip)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
+    if parameters[0].is_cuda:  # what a CUDA graph needs, and nothing else
+        optimizer.param_groups[0]["capturable"] = torch.cuda.is_current_stream_capturing()
     optimizer.step()
 
 
