@@ -83,7 +83,7 @@ class Args(OnlineArgs):
     and two-stage (section 3.3); not the paper's: raw (scaled states and actions) and residual (what
     the own action does not explain)"""
     value_mean: Literal["matches", "references"] = "matches"
-    """whose V(s'*) is averaged in equation (2): that of the matches, or of all references"""
+    """whose V(s'*) is averaged in d_q, section 3.3: that of the matches, or of all references"""
     hidden_size: int = 256
     """units in each of the two hidden layers of every network"""
     actor_learning_rate: float = 3e-4
@@ -262,7 +262,7 @@ class OTC(Strategy):
         q = self.replay.in_parts(agent.q_value, both, ("obs", "actions"))
         sizes = [candidates.shape[1], references.shape[1]]
         match = sampler.match_by_value(*q.split(sizes, dim=1), exclude)
-        # d_q, equation (2): V(s') and V(s'*), each over its mean. The mean over all of D lets low
+        # d_q, section 3.3: V(s') and V(s'*), each over its mean. The mean over all of D lets low
         # values rank first wherever it differs from that of the matches; see docs/otc.md
         of_all = self.args.value_mean == "references"
         both = torch.cat([candidates, references if of_all else references.gather(1, match)], dim=1)
