@@ -27,7 +27,17 @@ from common import cli, embedding, sampler, strategies
 from common.cli import Natural, OnlineArgs, Positive, Range, Share
 from common.embedding import Distance
 from common.loop import Training
-from common.nets import Actor, Critic, Learner, adam, follow, keep_own, mean_over_own, mlp, step
+from common.nets import (
+    Actor,
+    Learner,
+    TwinCritic,
+    adam,
+    follow,
+    keep_own,
+    mean_over_own,
+    mlp,
+    step,
+)
 from common.replay import Replay
 from common.strategies import Strategy
 
@@ -147,10 +157,10 @@ class AWAC(Learner):
         self.args = args
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         self.actor = GaussianActor(*sizes, args.policy_std)
-        self.qf1, self.qf2 = Critic(*sizes), Critic(*sizes)
-        self.target_qf1, self.target_qf2 = Critic(*sizes), Critic(*sizes)
-        self.live = nn.ModuleList([self.qf1, self.qf2])
-        self.target = nn.ModuleList([self.target_qf1, self.target_qf2])
+        self.qf = TwinCritic(*sizes)
+        self.target_qf = TwinCritic(*sizes)
+        self.live = nn.ModuleList([self.qf])
+        self.target = nn.ModuleList([self.target_qf])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
         self.qf_optimizer = adam(self.live.parameters(), args.critic_learning_rate)
@@ -166,13 +176,11 @@ class AWAC(Learner):
         # Critics: y = r + gamma * the smaller target critic at an action of the live policy.
         with torch.no_grad():
             next_actions = self.actor.sample(self.actor(next_obs))
-            next_q1 = self.target_qf1(next_obs, next_actions)
-            next_q2 = self.target_qf2(next_obs, next_actions)
-            next_q = torch.minimum(next_q1, next_q2)
+            next_q = self.target_qf(next_obs, next_actions).amin(0)
             target = batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
-        q1, q2 = self.qf1(obs, actions), self.qf2(obs, actions)
-        qf1_loss, qf2_loss = (q1 - target).square().mean(1), (q2 - target).square().mean(1)
-        step(self.qf_optimizer, qf1_loss + qf2_loss)
+        q = self.qf(obs, actions)  # (2, G, batch)
+        qf_loss = (q - target).square().mean(2)  # (2, G)
+        step(self.qf_optimizer, qf_loss)
 
         # Actor: the data's actions, weighted by their advantage over the policy's.
         mean = self.actor(obs)
@@ -182,9 +190,9 @@ class AWAC(Learner):
 
         follow(self.target, self.live, args.tau)
         return {
-            "losses/qf1_loss": qf1_loss.detach(),
-            "losses/qf2_loss": qf2_loss.detach(),
-            "losses/qf1_values": q1.detach().mean(1),
+            "losses/qf1_loss": qf_loss[0].detach(),
+            "losses/qf2_loss": qf_loss[1].detach(),
+            "losses/qf1_values": q[0].detach().mean(1),
             "losses/actor_loss": actor_loss.detach(),
             "losses/advantage_weights": weights.mean(1),
             "losses/policy_std": mean_over_own(self.actor.log_std.detach().exp(), self.own),
@@ -196,9 +204,9 @@ class AWAC(Learner):
     ) -> torch.Tensor:
         """exp(A / temperature) up to weight_max, A = Q(s, a_i) - Q(s, an action of the policy), of
         scaled observations: (G, batch)."""
-        q = torch.minimum(self.qf1(obs, actions), self.qf2(obs, actions))
-        advantage = q - torch.minimum(self.qf1(obs, policy_actions), self.qf2(obs, policy_actions))
-        return (advantage / self.args.temperature).exp().clamp(max=self.args.weight_max)
+        both = torch.cat([actions, policy_actions], dim=1)
+        q, own_q = self.qf(obs.repeat(1, 2, 1), both).amin(0).chunk(2, dim=1)  # (G, batch) each
+        return ((q - own_q) / self.args.temperature).exp().clamp(max=self.args.weight_max)
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
@@ -214,7 +222,7 @@ class AWAC(Learner):
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q(s, a_i), the smaller of the live twin critics: (G, batch)."""
         obs = self.scaled(obs)
-        return torch.minimum(self.qf1(obs, actions), self.qf2(obs, actions))
+        return self.qf(obs, actions).amin(0)
 
     @torch.no_grad()
     def value(self, obs: torch.Tensor) -> torch.Tensor:
@@ -252,7 +260,11 @@ class OTC(Strategy):
             self.alpha.copy_(alpha if args.alpha_max is None else alpha.clamp(max=args.alpha_max))
         usable = sampler.usable(distance)
         self.mean_distance.copy_(torch.where(usable, distance, self.mean_distance))
-        return {"otc/alpha": self.alpha, "otc/transition_distance": self.mean_distance}
+        return {
+            "otc/alpha": self.alpha,
+            "otc/transition_distance": self.mean_distance,
+            "otc/effective_sample_size": sampler.effective_sample_size(self.alpha, args.candidates),
+        }
 
     def draw(self, agent: Learner) -> torch.Tensor:
         """(G, batch_size) indices of the transitions of one update."""
@@ -297,10 +309,6 @@ class OTC(Strategy):
         v_next = sampler.relative_to_mean(v_next, is_end)
         v_star = v_star if of_all else sampler.relative_to_mean(v_star, is_end)
         return sampler.rank_at_random((v_next - v_star).abs(), is_end)
-
-    def diagnostics(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        size = sampler.effective_sample_size(self.alpha, self.args.candidates)
-        return super().diagnostics(index) | {"otc/effective_sample_size": size}
 
 
 # --- Main: Algorithm 1 ---

@@ -27,8 +27,8 @@ from common.embedding import Distance
 from common.loop import Training
 from common.nets import (
     Actor,
-    Critic,
     Learner,
+    TwinCritic,
     adam,
     follow,
     keep_own,
@@ -169,16 +169,15 @@ class BCQ(Learner):
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         self.vae = ActionVAE(*sizes)
         self.actor = PerturbationActor(*sizes, args.phi)
-        self.qf1, self.qf2 = Critic(*sizes), Critic(*sizes)
+        self.qf = TwinCritic(*sizes)
         self.target_actor = PerturbationActor(*sizes, args.phi)
-        self.target_qf1, self.target_qf2 = Critic(*sizes), Critic(*sizes)
-        self.live = nn.ModuleList([self.actor, self.qf1, self.qf2])
-        self.target = nn.ModuleList([self.target_actor, self.target_qf1, self.target_qf2])
+        self.target_qf = TwinCritic(*sizes)
+        self.live = nn.ModuleList([self.actor, self.qf])
+        self.target = nn.ModuleList([self.target_actor, self.target_qf])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
-        qf_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
         self.vae_optimizer = adam(self.vae.parameters(), args.learning_rate)
-        self.qf_optimizer = adam(qf_parameters, args.learning_rate)
+        self.qf_optimizer = adam(self.qf.parameters(), args.learning_rate)
         self.actor_optimizer = adam(self.actor.parameters(), args.learning_rate)
         self.optimizers = [self.vae_optimizer, self.qf_optimizer, self.actor_optimizer]
 
@@ -199,27 +198,25 @@ class BCQ(Learner):
             # (G, batch * candidates, obs_dim), the candidates of one state side by side
             next_obs = batch["next_obs"].repeat_interleave(args.num_target_actions, dim=1)
             next_actions = self.target_actor(next_obs, self.vae.sample(next_obs))
-            next_q1 = self.target_qf1(next_obs, next_actions)
-            next_q2 = self.target_qf2(next_obs, next_actions)
-            smaller, larger = torch.minimum(next_q1, next_q2), torch.maximum(next_q1, next_q2)
-            next_q = args.soft_min * smaller + (1 - args.soft_min) * larger
+            next_q = self.target_qf(next_obs, next_actions)  # (2, G, batch * candidates)
+            next_q = next_q.amax(0).lerp_(next_q.amin(0), args.soft_min)
             next_q = next_q.unflatten(1, (-1, args.num_target_actions)).amax(2)  # (G, batch)
             target = batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
-        q1, q2 = self.qf1(obs, actions), self.qf2(obs, actions)
-        qf1_loss, qf2_loss = (q1 - target).square().mean(1), (q2 - target).square().mean(1)
-        step(self.qf_optimizer, qf1_loss + qf2_loss)
+        q = self.qf(obs, actions)  # (2, G, batch)
+        qf_loss = (q - target).square().mean(2)  # (2, G)
+        step(self.qf_optimizer, qf_loss)
 
         # Perturbation actor: climb the first critic from a decoded action.
         with torch.no_grad():
             sampled = self.vae.sample(obs)
-        actor_loss = -self.qf1(obs, self.actor(obs, sampled)).mean(1)
+        actor_loss = -self.qf.first(obs, self.actor(obs, sampled)).mean(1)
         step(self.actor_optimizer, actor_loss)
 
         follow(self.target, self.live, args.tau)
         return {
-            "losses/qf1_loss": qf1_loss.detach(),
-            "losses/qf2_loss": qf2_loss.detach(),
-            "losses/qf1_values": q1.detach().mean(1),
+            "losses/qf1_loss": qf_loss[0].detach(),
+            "losses/qf2_loss": qf_loss[1].detach(),
+            "losses/qf1_values": q[0].detach().mean(1),
             "losses/actor_loss": actor_loss.detach(),
             "losses/vae_reconstruction": reconstruction_loss.detach(),
             "losses/vae_kl": kl_loss.detach(),
@@ -234,7 +231,7 @@ class BCQ(Learner):
         num = self.args.num_act_actions
         repeated = obs.repeat_interleave(num, dim=1)
         actions = self.actor(repeated, self.vae.sample(repeated))
-        best = self.qf1(repeated, actions).unflatten(1, (-1, num)).argmax(2)  # (G, E)
+        best = self.qf.first(repeated, actions).unflatten(1, (-1, num)).argmax(2)  # (G, E)
         actions = actions.unflatten(1, (-1, num))  # (G, E, num, action_dim)
         return actions.take_along_dim(best[:, :, None, None], dim=2).squeeze(2)
 
@@ -246,7 +243,7 @@ class BCQ(Learner):
     @torch.no_grad()
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q(s, a_i), the smaller of the live twin critics: (G, batch)."""
-        return torch.minimum(self.qf1(obs, actions), self.qf2(obs, actions))
+        return self.qf(obs, actions).amin(0)
 
     @torch.no_grad()
     def value(self, obs: torch.Tensor) -> torch.Tensor:
@@ -284,7 +281,11 @@ class OTC(Strategy):
             self.alpha.copy_(alpha if args.alpha_max is None else alpha.clamp(max=args.alpha_max))
         usable = sampler.usable(distance)
         self.mean_distance.copy_(torch.where(usable, distance, self.mean_distance))
-        return {"otc/alpha": self.alpha, "otc/transition_distance": self.mean_distance}
+        return {
+            "otc/alpha": self.alpha,
+            "otc/transition_distance": self.mean_distance,
+            "otc/effective_sample_size": sampler.effective_sample_size(self.alpha, args.candidates),
+        }
 
     def draw(self, agent: Learner) -> torch.Tensor:
         """(G, batch_size) indices of the transitions of one update."""
@@ -329,10 +330,6 @@ class OTC(Strategy):
         v_next = sampler.relative_to_mean(v_next, is_end)
         v_star = v_star if of_all else sampler.relative_to_mean(v_star, is_end)
         return sampler.rank_at_random((v_next - v_star).abs(), is_end)
-
-    def diagnostics(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        size = sampler.effective_sample_size(self.alpha, self.args.candidates)
-        return super().diagnostics(index) | {"otc/effective_sample_size": size}
 
 
 # --- Main: Algorithm 1 ---

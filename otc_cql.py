@@ -29,7 +29,17 @@ from common import cli, embedding, sampler, strategies
 from common.cli import Natural, OnlineArgs, Share
 from common.embedding import Distance
 from common.loop import Training
-from common.nets import Actor, Critic, Learner, adam, count_own, follow, keep_own, mlp, step
+from common.nets import (
+    Actor,
+    Learner,
+    TwinCritic,
+    adam,
+    count_own,
+    follow,
+    keep_own,
+    mlp,
+    step,
+)
 from common.replay import Replay
 from common.strategies import Strategy
 
@@ -140,10 +150,10 @@ class CQL(Learner):
         self.args = args
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         self.actor = SquashedGaussianActor(*sizes)
-        self.qf1, self.qf2 = Critic(*sizes), Critic(*sizes)
-        self.target_qf1, self.target_qf2 = Critic(*sizes), Critic(*sizes)
-        self.live = nn.ModuleList([self.qf1, self.qf2])
-        self.target = nn.ModuleList([self.target_qf1, self.target_qf2])
+        self.qf = TwinCritic(*sizes)
+        self.target_qf = TwinCritic(*sizes)
+        self.live = nn.ModuleList([self.qf])
+        self.target = nn.ModuleList([self.target_qf])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(G))  # SAC's, of the entropy
@@ -169,28 +179,25 @@ class CQL(Learner):
         # its entropy; and the conservative penalty.
         with torch.no_grad():
             next_actions = self.actor.sample(next_obs)[0].squeeze(2)
-            next_q1 = self.target_qf1(next_obs, next_actions)
-            next_q2 = self.target_qf2(next_obs, next_actions)
-            next_q = torch.minimum(next_q1, next_q2)
+            next_q = self.target_qf(next_obs, next_actions).amin(0)
             target = batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
-        q1, q2 = self.qf1(obs, actions), self.qf2(obs, actions)
-        qf1_loss, qf2_loss = (q1 - target).square().mean(1), (q2 - target).square().mean(1)
-        gap1, gap2 = self.conservative_gap(obs, next_obs, q1, q2)  # (G,) each
+        q = self.qf(obs, actions)  # (2, G, batch)
+        qf_loss = (q - target).square().mean(2)  # (2, G)
+        gap = self.conservative_gap(obs, next_obs, q)  # (2, G)
         weight, target_gap = args.cql_alpha, 0.0
         if args.lagrange:
             weight = args.cql_alpha * self.log_factor.detach().exp().clamp(max=1e6)
             target_gap = args.target_gap
-        penalty = weight * (gap1 + gap2 - 2 * target_gap)
-        step(self.qf_optimizer, qf1_loss + qf2_loss + penalty)
+        step(self.qf_optimizer, qf_loss + weight * (gap - target_gap))
         if args.lagrange:  # the factor grows while the gap is above its target
-            mean_gap = (gap1 + gap2).detach() / 2
+            mean_gap = gap.detach().mean(0)
             step(self.factor_optimizer, self.log_factor.exp() * (target_gap - mean_gap))
 
         # Actor: climb the smaller critic and keep entropy.
         temperature = self.log_temperature.detach().exp()  # (G,)
         policy_actions, log_prob = (x.squeeze(2) for x in self.actor.sample(obs))
-        q = torch.minimum(self.qf1(obs, policy_actions), self.qf2(obs, policy_actions))
-        actor_loss = (temperature.unsqueeze(1) * log_prob - q).mean(1)
+        own_q = torch.minimum(*self.qf(obs, policy_actions))
+        actor_loss = (temperature.unsqueeze(1) * log_prob - own_q).mean(1)
         step(self.actor_optimizer, actor_loss)
 
         # Temperature: towards an entropy of -dim(A).
@@ -202,22 +209,22 @@ class CQL(Learner):
 
         follow(self.target, self.live, args.tau)
         return {
-            "losses/qf1_loss": qf1_loss.detach(),
-            "losses/qf2_loss": qf2_loss.detach(),
-            "losses/qf1_values": q1.detach().mean(1),
-            "losses/conservative_gap": (gap1 + gap2).detach() / 2,
+            "losses/qf1_loss": qf_loss[0].detach(),
+            "losses/qf2_loss": qf_loss[1].detach(),
+            "losses/qf1_values": q[0].detach().mean(1),
+            "losses/conservative_gap": gap.detach().mean(0),
             "losses/actor_loss": actor_loss.detach(),
             "losses/entropy": entropy,
             "losses/temperature": temperature,
         }
 
-    def conservative_gap(self, obs, next_obs, q1, q2) -> tuple[torch.Tensor, torch.Tensor]:
-        """CQL's penalty of each critic, (G,): logsumexp of Q over actions of three kinds, with
+    def conservative_gap(self, obs, next_obs, q) -> torch.Tensor:
+        """CQL's penalty of each critic, (2, G): logsumexp of Q over actions of three kinds, with
         importance weights, minus Q of the data's actions; equation (4) with the entropy as R.
         Observations are scaled.
 
         Args:
-            q1, q2: (G, batch), each critic at the data's actions.
+            q: (2, G, batch), each critic at the data's actions.
         """
         num = self.args.num_penalty_actions
         with torch.no_grad():
@@ -229,14 +236,11 @@ class CQL(Learner):
             log_uniform = log_uniform.expand_as(log_prob)
             log_density = torch.cat([log_uniform, log_prob, next_log_prob], dim=2)
             repeated = obs.repeat_interleave(3 * num, dim=1)  # s for all three kinds
-            rows = repeated.shape[1] if obs.is_cuda else 480  # at a time: what a CPU's cache holds
+            rows = 240 if obs.is_cpu else repeated.shape[1]  # at a time: what its cache holds
             parts = list(zip(repeated.split(rows, 1), sampled.split(rows, 1), strict=True))
-        gaps = []
-        for qf, q in ((self.qf1, q1), (self.qf2, q2)):
-            q_sampled = torch.cat([qf(*part) for part in parts], dim=1)
-            q_sampled = q_sampled.unflatten(1, (-1, 3 * num))  # (G, batch, 3 * num)
-            gaps.append((torch.logsumexp(q_sampled - log_density, dim=2) - q).mean(1))
-        return gaps[0], gaps[1]
+        q_sampled = torch.cat([self.qf(*part) for part in parts], dim=2)
+        q_sampled = q_sampled.unflatten(2, (-1, 3 * num))  # (2, G, batch, 3 * num)
+        return (torch.logsumexp(q_sampled - log_density, dim=3) - q).mean(2)
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
@@ -252,7 +256,7 @@ class CQL(Learner):
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q(s, a_i), the smaller of the live twin critics: (G, batch)."""
         obs = self.scaled(obs)
-        return torch.minimum(self.qf1(obs, actions), self.qf2(obs, actions))
+        return self.qf(obs, actions).amin(0)
 
     @torch.no_grad()
     def value(self, obs: torch.Tensor) -> torch.Tensor:
@@ -290,7 +294,11 @@ class OTC(Strategy):
             self.alpha.copy_(alpha if args.alpha_max is None else alpha.clamp(max=args.alpha_max))
         usable = sampler.usable(distance)
         self.mean_distance.copy_(torch.where(usable, distance, self.mean_distance))
-        return {"otc/alpha": self.alpha, "otc/transition_distance": self.mean_distance}
+        return {
+            "otc/alpha": self.alpha,
+            "otc/transition_distance": self.mean_distance,
+            "otc/effective_sample_size": sampler.effective_sample_size(self.alpha, args.candidates),
+        }
 
     def draw(self, agent: Learner) -> torch.Tensor:
         """(G, batch_size) indices of the transitions of one update."""
@@ -335,10 +343,6 @@ class OTC(Strategy):
         v_next = sampler.relative_to_mean(v_next, is_end)
         v_star = v_star if of_all else sampler.relative_to_mean(v_star, is_end)
         return sampler.rank_at_random((v_next - v_star).abs(), is_end)
-
-    def diagnostics(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        size = sampler.effective_sample_size(self.alpha, self.args.candidates)
-        return super().diagnostics(index) | {"otc/effective_sample_size": size}
 
 
 # --- Main: Algorithm 1 ---

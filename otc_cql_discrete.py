@@ -28,7 +28,7 @@ from common import cli, embedding, sampler, strategies
 from common.cli import Natural, OnlineArgs, Share
 from common.embedding import Distance
 from common.loop import Training
-from common.nets import Learner, adam, follow, mlp, step
+from common.nets import Learner, adam, follow, mlp, step, twin
 from common.replay import Replay
 from common.strategies import Strategy
 
@@ -100,15 +100,15 @@ class Args(OnlineArgs):
 
 
 class ActionValues(nn.Module):
-    """Q(s, .), one value per action."""
+    """Twin Q(s, .), one value per action each; both in one stack of 2 G networks."""
 
     def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
         super().__init__()
-        self.network = mlp(G, obs_dim, hidden_size, action_dim)
+        self.network = twin(*(mlp(G, obs_dim, hidden_size, action_dim) for _ in range(2)))
 
     def forward(self, obs):
-        """(G, batch, action_dim)"""
-        return self.network(obs)
+        """(2, G, batch, action_dim)"""
+        return self.network(obs.repeat(2, 1, 1)).unflatten(0, (2, -1))
 
 
 # --- Learner ---
@@ -123,10 +123,8 @@ class DiscreteCQL(Learner):
         super().__init__(G, obs_dim)
         self.args, self.action_dim = args, action_dim
         sizes = (G, obs_dim, action_dim, args.hidden_size)
-        self.qf1, self.qf2 = ActionValues(*sizes), ActionValues(*sizes)
-        self.target_qf1, self.target_qf2 = ActionValues(*sizes), ActionValues(*sizes)
-        self.live = nn.ModuleList([self.qf1, self.qf2])
-        self.target = nn.ModuleList([self.target_qf1, self.target_qf2])
+        self.qf, self.target_qf = ActionValues(*sizes), ActionValues(*sizes)
+        self.live, self.target = nn.ModuleList([self.qf]), nn.ModuleList([self.target_qf])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
         self.qf_optimizer = adam(self.live.parameters(), args.learning_rate)
@@ -149,43 +147,39 @@ class DiscreteCQL(Learner):
         # live critics prefer; the agent's death is an end.
         with torch.no_grad():
             next_actions = self.greedy(next_obs, next_legal)
-            next_q1 = (self.target_qf1(next_obs) * next_actions).sum(2)
-            next_q2 = (self.target_qf2(next_obs) * next_actions).sum(2)
-            next_q = torch.minimum(next_q1, next_q2)
+            next_q = (self.target_qf(next_obs) * next_actions).sum(3).amin(0)  # (G, batch)
             target = batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
-        values1, values2 = self.qf1(obs), self.qf2(obs)
-        q1, q2 = (values1 * actions).sum(2), (values2 * actions).sum(2)
-        qf1_loss = (share * (q1 - target).square()).sum(1)
-        qf2_loss = (share * (q2 - target).square()).sum(1)
+        values = self.qf(obs)  # (2, G, batch, action_dim)
+        q = (values * actions).sum(3)
+        qf_loss = (share * (q - target).square()).sum(2)  # (2, G)
 
         # The conservative penalty: legal actions down, the data's actions up.
-        gap1 = (share * self.conservative_gap(values1, actions, legal)).sum(1)
-        gap2 = (share * self.conservative_gap(values2, actions, legal)).sum(1)
-        step(self.qf_optimizer, qf1_loss + qf2_loss + args.cql_alpha * (gap1 + gap2))
+        gap = (share * self.conservative_gap(values, q, legal)).sum(2)  # (2, G)
+        step(self.qf_optimizer, qf_loss + args.cql_alpha * gap)
 
         follow(self.target, self.live, args.tau)
-        greedy = one_hot_argmax(torch.minimum(values1, values2).detach(), legal)
+        greedy = one_hot_argmax(values.detach().amin(0), legal)
         return {
-            "losses/qf1_loss": qf1_loss.detach(),
-            "losses/qf2_loss": qf2_loss.detach(),
-            "losses/qf1_values": (share * q1.detach()).sum(1),
-            "losses/conservative_gap": (gap1 + gap2).detach() / 2,
+            "losses/qf1_loss": qf_loss[0].detach(),
+            "losses/qf2_loss": qf_loss[1].detach(),
+            "losses/qf1_values": (share * q[0].detach()).sum(1),
+            "losses/conservative_gap": gap.detach().mean(0),
             "losses/greedy_agreement": (share * (greedy * actions).sum(2)).sum(1),
         }
 
     @staticmethod
-    def conservative_gap(values, actions, legal) -> torch.Tensor:
-        """CQL's penalty with the entropy as R, exact: logsumexp of Q over the legal actions minus Q
-        of the data's action; (G, batch), 0 where no action is legal."""
+    def conservative_gap(values, q, legal) -> torch.Tensor:
+        """CQL's penalty with the entropy as R, exact: logsumexp of Q (2, G, batch, action_dim) over
+        the legal actions minus Q of the data's action; (2, G, batch), 0 where no action is
+        legal."""
         alive = legal.any(2)
         masked = values.masked_fill(~(legal | ~alive.unsqueeze(2)), -torch.inf)
-        return (torch.logsumexp(masked, dim=2) - (values * actions).sum(2)) * alive
+        return (torch.logsumexp(masked, dim=3) - q) * alive
 
     def greedy(self, obs: torch.Tensor, legal: torch.Tensor) -> torch.Tensor:
         """The legal action with the largest smaller live critic, one-hot, zeros where none is
         legal: (G, batch, action_dim). Observations are scaled."""
-        values = torch.minimum(self.qf1(obs), self.qf2(obs))
-        return one_hot_argmax(values, legal)
+        return one_hot_argmax(self.qf(obs).amin(0), legal)
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
@@ -204,13 +198,13 @@ class DiscreteCQL(Learner):
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q(s, a_i), the smaller of the live twin critics: (G, batch)."""
         obs = self.scaled(obs)
-        return (torch.minimum(self.qf1(obs), self.qf2(obs)) * actions).sum(2)
+        return (self.qf(obs).amin(0) * actions).sum(2)
 
     @torch.no_grad()
     def value(self, obs: torch.Tensor) -> torch.Tensor:
         """V(s), Q of the greedy legal action, 0 where none is legal: (G, batch)."""
         scaled = self.scaled(obs)
-        values = torch.minimum(self.qf1(scaled), self.qf2(scaled))
+        values = self.qf(scaled).amin(0)
         return (values * one_hot_argmax(values, self.legal(obs))).sum(2)
 
 
@@ -247,7 +241,11 @@ class OTC(Strategy):
             self.alpha.copy_(alpha if args.alpha_max is None else alpha.clamp(max=args.alpha_max))
         usable = sampler.usable(distance)
         self.mean_distance.copy_(torch.where(usable, distance, self.mean_distance))
-        return {"otc/alpha": self.alpha, "otc/transition_distance": self.mean_distance}
+        return {
+            "otc/alpha": self.alpha,
+            "otc/transition_distance": self.mean_distance,
+            "otc/effective_sample_size": sampler.effective_sample_size(self.alpha, args.candidates),
+        }
 
     def draw(self, agent: Learner) -> torch.Tensor:
         """(G, batch_size) indices of the transitions of one update."""
@@ -292,10 +290,6 @@ class OTC(Strategy):
         v_next = sampler.relative_to_mean(v_next, is_end)
         v_star = v_star if of_all else sampler.relative_to_mean(v_star, is_end)
         return sampler.rank_at_random((v_next - v_star).abs(), is_end)
-
-    def diagnostics(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        size = sampler.effective_sample_size(self.alpha, self.args.candidates)
-        return super().diagnostics(index) | {"otc/effective_sample_size": size}
 
 
 # --- Main: Algorithm 1 ---

@@ -26,9 +26,9 @@ from common.cli import Natural, OnlineArgs, Share
 from common.embedding import Distance
 from common.loop import Training
 from common.nets import (
-    Critic,
     DeterministicActor,
     Learner,
+    TwinCritic,
     adam,
     follow,
     keep_own,
@@ -108,7 +108,7 @@ class Args(OnlineArgs):
 
 # --- Networks ---
 # Every tensor starts with the group dimension G: g = seed_index * num_agents + agent. The networks
-# are common.nets.DeterministicActor and common.nets.Critic.
+# are common.nets.DeterministicActor and common.nets.TwinCritic.
 
 
 # --- Learner ---
@@ -122,17 +122,16 @@ class TD3BC(Learner):
         self.args = args
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         self.actor, self.target_actor = DeterministicActor(*sizes), DeterministicActor(*sizes)
-        self.qf1, self.qf2 = Critic(*sizes), Critic(*sizes)
-        self.target_qf1, self.target_qf2 = Critic(*sizes), Critic(*sizes)
-        self.live = nn.ModuleList([self.actor, self.qf1, self.qf2])
-        self.target = nn.ModuleList([self.target_actor, self.target_qf1, self.target_qf2])
+        self.qf = TwinCritic(*sizes)
+        self.target_qf = TwinCritic(*sizes)
+        self.live = nn.ModuleList([self.actor, self.qf])
+        self.target = nn.ModuleList([self.target_actor, self.target_qf])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
         # Losses of the latest actor update, reported until the next
         self.register_buffer("actor_loss", torch.zeros(G))
         self.register_buffer("bc_loss", torch.zeros(G))
-        qf_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
-        self.qf_optimizer = adam(qf_parameters, args.critic_learning_rate)
+        self.qf_optimizer = adam(self.qf.parameters(), args.critic_learning_rate)
         self.actor_optimizer = adam(self.actor.parameters(), args.actor_learning_rate)
         self.optimizers = [self.qf_optimizer, self.actor_optimizer]
 
@@ -150,29 +149,27 @@ class TD3BC(Learner):
                 -args.noise_clip, args.noise_clip
             )
             next_actions = (self.target_actor(next_obs) + keep_own(noise, self.own)).clamp(-1, 1)
-            next_q1 = self.target_qf1(next_obs, next_actions)
-            next_q2 = self.target_qf2(next_obs, next_actions)
-            next_q = torch.minimum(next_q1, next_q2)
+            next_q = self.target_qf(next_obs, next_actions).amin(0)
             target = batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
-        q1, q2 = self.qf1(obs, actions), self.qf2(obs, actions)
-        qf1_loss, qf2_loss = (q1 - target).square().mean(1), (q2 - target).square().mean(1)
-        step(self.qf_optimizer, qf1_loss + qf2_loss)
+        q = self.qf(obs, actions)  # (2, G, batch)
+        qf_loss = (q - target).square().mean(2)  # (2, G)
+        step(self.qf_optimizer, qf_loss)
 
         if update_actor:
             # Actor: climb the first critic, relative to its mean magnitude, and clone the data.
             policy_actions = self.actor(obs)
-            q = self.qf1(obs, policy_actions)  # (G, batch)
-            weight = args.bc_alpha / q.detach().abs().mean(1)  # TD3+BC's lambda, (G,)
+            own_q = self.qf.first(obs, policy_actions)  # (G, batch)
+            weight = args.bc_alpha / own_q.detach().abs().mean(1)  # TD3+BC's lambda, (G,)
             bc_loss = mean_over_own((policy_actions - actions).square(), self.own)
-            actor_loss = -weight * q.mean(1) + bc_loss
+            actor_loss = -weight * own_q.mean(1) + bc_loss
             step(self.actor_optimizer, actor_loss)
             follow(self.target, self.live, args.tau)
             self.actor_loss.copy_(actor_loss.detach())
             self.bc_loss.copy_(bc_loss.detach())
         return {
-            "losses/qf1_loss": qf1_loss.detach(),
-            "losses/qf2_loss": qf2_loss.detach(),
-            "losses/qf1_values": q1.detach().mean(1),
+            "losses/qf1_loss": qf_loss[0].detach(),
+            "losses/qf2_loss": qf_loss[1].detach(),
+            "losses/qf1_values": q[0].detach().mean(1),
             "losses/actor_loss": self.actor_loss,
             "losses/bc_loss": self.bc_loss,
         }
@@ -197,7 +194,7 @@ class TD3BC(Learner):
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q(s, a_i), the smaller of the live twin critics: (G, batch)."""
         obs = self.scaled(obs)
-        return torch.minimum(self.qf1(obs, actions), self.qf2(obs, actions))
+        return self.qf(obs, actions).amin(0)
 
     @torch.no_grad()
     def value(self, obs: torch.Tensor) -> torch.Tensor:
@@ -232,7 +229,11 @@ class OTC(Strategy):
             self.alpha.copy_(alpha if args.alpha_max is None else alpha.clamp(max=args.alpha_max))
         usable = sampler.usable(distance)
         self.mean_distance.copy_(torch.where(usable, distance, self.mean_distance))
-        return {"otc/alpha": self.alpha, "otc/transition_distance": self.mean_distance}
+        return {
+            "otc/alpha": self.alpha,
+            "otc/transition_distance": self.mean_distance,
+            "otc/effective_sample_size": sampler.effective_sample_size(self.alpha, args.candidates),
+        }
 
     def draw(self, agent: Learner) -> torch.Tensor:
         """(G, batch_size) indices of the transitions of one update."""
@@ -277,10 +278,6 @@ class OTC(Strategy):
         v_next = sampler.relative_to_mean(v_next, is_end)
         v_star = v_star if of_all else sampler.relative_to_mean(v_star, is_end)
         return sampler.rank_at_random((v_next - v_star).abs(), is_end)
-
-    def diagnostics(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        size = sampler.effective_sample_size(self.alpha, self.args.candidates)
-        return super().diagnostics(index) | {"otc/effective_sample_size": size}
 
 
 # --- Main: Algorithm 1 ---

@@ -108,7 +108,7 @@ class Graphed:
             return output
         if kind not in self.graphs:
             self.graphs[kind] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[kind]):
+            with torch.cuda.graph(self.graphs[kind], stream=self.stream):
                 self.outputs[kind] = self.function(*kind)
         self.graphs[kind].replay()
         return self.outputs[kind]

@@ -26,9 +26,12 @@ class Linear(nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.weight.shape[2] == 1 and not x.is_cuda:  # faster on a CPU
-            return (x * self.weight.mT).sum(2, keepdim=True) + self.bias
-        return torch.bmm(x, self.weight).add_(self.bias)
+        weight, bias = self.weight, self.bias
+        if len(x) < len(weight):  # the first of the stack alone
+            weight, bias = weight[: len(x)], bias[: len(x)]
+        if weight.shape[2] == 1 and x.is_cpu:  # faster there
+            return (x * weight.mT).sum(2, keepdim=True) + bias
+        return torch.bmm(x, weight).add_(bias)
 
 
 def joint(x: torch.Tensor, num_agents: int) -> torch.Tensor:
@@ -37,9 +40,28 @@ def joint(x: torch.Tensor, num_agents: int) -> torch.Tensor:
     return x.unflatten(0, (-1, num_agents)).transpose(1, 2).flatten(2)
 
 
-def mlp(num_groups: int, in_features: int, hidden_size: int, out_features: int) -> nn.Sequential:
+class Stack(nn.Sequential):
+    """`Linear`s with ReLU between them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.is_grad_enabled() or not x.is_cpu or x.shape[1] < 512:
+            return super().forward(x)
+        # Many rows on a CPU: group by group, whose numbers the cache holds from layer to layer
+        *hidden, last = (layer for layer in self if isinstance(layer, Linear))
+        outputs = x.new_empty(*x.shape[:2], last.weight.shape[2])
+        for g, (h, output) in enumerate(zip(x, outputs, strict=True)):
+            for layer in hidden:
+                h = torch.mm(h, layer.weight[g]).add_(layer.bias[g]).relu_()
+            if output.shape[1] == 1:
+                torch.addmv(last.bias[g, 0], h, last.weight[g, :, 0], out=output[:, 0])
+            else:
+                torch.mm(h, last.weight[g], out=output).add_(last.bias[g])
+        return outputs
+
+
+def mlp(num_groups: int, in_features: int, hidden_size: int, out_features: int) -> Stack:
     """Two hidden layers with ReLU."""
-    return nn.Sequential(
+    return Stack(
         Linear(num_groups, in_features, hidden_size),
         nn.ReLU(inplace=True),
         Linear(num_groups, hidden_size, hidden_size),
@@ -57,6 +79,32 @@ class Critic(nn.Module):
 
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """(G, batch, obs_dim), (G, batch, action_dim) -> (G, batch)."""
+        return self.network(torch.cat([obs, actions], dim=2)).squeeze(2)
+
+
+def twin(first: Stack, second: Stack) -> Stack:
+    """Two networks of G groups as one of 2 G, the first's before the second's."""
+    for layer, other in zip(first, second, strict=True):
+        if isinstance(layer, Linear):
+            layer.weight = nn.Parameter(torch.cat([layer.weight, other.weight]).detach())
+            layer.bias = nn.Parameter(torch.cat([layer.bias, other.bias]).detach())
+    return first
+
+
+class TwinCritic(nn.Module):
+    """Two critics Q(s, a_i) of G groups from starts of their own, in one stack of 2 G networks."""
+
+    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
+        super().__init__()
+        self.network = twin(*(mlp(G, obs_dim + action_dim, hidden_size, 1) for _ in range(2)))
+
+    def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """(G, batch, obs_dim), (G, batch, action_dim) -> (2, G, batch)."""
+        twice = [x.expand(2, -1, -1, -1) for x in (obs, actions)]
+        return self.network(torch.cat(twice, dim=3).flatten(0, 1)).view(2, len(obs), -1)
+
+    def first(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+        """The first critic alone: (G, batch)."""
         return self.network(torch.cat([obs, actions], dim=2)).squeeze(2)
 
 
@@ -249,10 +297,8 @@ class Learner(nn.Module):
 
 
 def adam(parameters, learning_rate: float) -> torch.optim.Adam:
-    """Adam in one kernel, able to be captured in a CUDA graph."""
-    parameters = list(parameters)
-    capturable = parameters[0].is_cuda
-    return torch.optim.Adam(parameters, learning_rate, fused=True, capturable=capturable)
+    """Adam in one kernel."""
+    return torch.optim.Adam(list(parameters), learning_rate, fused=True)
 
 
 def restore(optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -280,6 +326,8 @@ def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor, clip=None) -> Non
         gradients = clipped(gradients, *clip)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient
+    if parameters[0].is_cuda:  # what a CUDA graph needs, and nothing else
+        optimizer.param_groups[0]["capturable"] = torch.cuda.is_current_stream_capturing()
     optimizer.step()
 
 

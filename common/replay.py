@@ -277,7 +277,7 @@ class Replay:
         """A function of some columns, its arguments' names, on the transitions of `index` (G, n):
         (G, n, ...). At most `size` at a time; default: on a CPU, what its cache holds."""
         if size is None:
-            size = 4096 if index.is_cuda else 1280
+            size = 1280 if index.is_cpu else 4096
         if index.shape[1] <= size:
             return function(**self.gather(index, columns))
         result = None

@@ -12,7 +12,7 @@ import torch
 
 # The largest block of pairwise distances held at once: 64 MiB, 4 on a CPU, where small ones are as
 # fast and leave small holes in memory.
-MAX_PAIRS = {"cuda": 2**24, "cpu": 2**20}
+MAX_PAIRS, MAX_PAIRS_CPU = 2**24, 2**20
 
 
 def match_by_value(
@@ -79,9 +79,8 @@ def nearest_distance(
 def _over_references(reduce, candidates, references, exclude) -> torch.Tensor:
     """`reduce` of the distances to all references, (G, b, D) -> (G, b), for all candidates."""
     num_groups, num_references, dim = references.shape
-    most = MAX_PAIRS[references.device.type]
-    if references.is_cuda:  # whose pairs hold every dimension for a moment
-        most = most * 10 // max(10, dim)
+    # Elsewhere than on a CPU pairs hold every dimension for a moment
+    most = MAX_PAIRS_CPU if references.is_cpu else MAX_PAIRS * 10 // max(10, dim)
     chunk, found = max(1, most // (num_groups * num_references)), None
     for start in range(0, candidates.shape[1], chunk):
         pairs = l1_pairs(candidates[:, start : start + chunk], references)  # (G, b, D)
@@ -99,7 +98,7 @@ def _over_references(reduce, candidates, references, exclude) -> torch.Tensor:
 
 def l1_pairs(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """l1 distances of all pairs: (G, b, d), (G, D, d) -> (G, b, D)."""
-    if not x.is_cuda:
+    if x.is_cpu:
         return torch.cdist(x, y, p=1)
     # cdist's kernel gives a block of threads to every pair, whose few dimensions leave it idle
     differences = x.movedim(2, 0).unsqueeze(3) - y.movedim(2, 0).unsqueeze(2)  # (d, G, b, D)

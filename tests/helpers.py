@@ -1,6 +1,7 @@
 """Random data, brute force, closed forms, tiny runs and tests of draws that several tests share."""
 
 import contextlib
+import copy
 import dataclasses
 import importlib
 import signal
@@ -68,6 +69,25 @@ def plain_mlp(network, x, g):
         x = x @ weight + bias[0]
         x = np.maximum(x, 0) if i < len(layers) - 1 else x
     return x
+
+
+def twins(agent, name="qf"):
+    """An agent's two critics: of a stack, each as a module on the stack's memory, gradients too."""
+    if hasattr(agent, f"{name}1"):
+        return getattr(agent, f"{name}1"), getattr(agent, f"{name}2")
+    stack = getattr(agent, name)
+    half = len(stack.network[0].weight) // 2
+    found = []
+    for groups in (slice(half), slice(half, None)):
+        critic = copy.deepcopy(stack)
+        for layer, its in zip(stack.network, critic.network, strict=True):
+            for key, whole in layer.named_parameters():
+                part = torch.nn.Parameter(whole.detach()[groups], whole.requires_grad)
+                part.grad = None if whole.grad is None else whole.grad[groups]
+                setattr(its, key, part)
+        critic.forward = getattr(critic, "first", None)
+        found.append(critic)
+    return found
 
 
 def set_scales(agent):

@@ -24,6 +24,7 @@ from tests.helpers import (
     make,
     random_batch,
     random_team,
+    twins,
     update,
     update_number,
 )
@@ -323,16 +324,17 @@ def test_twin_critics_differ_and_targets_follow_without_gradient(script):
     agent, kind_of = make(script, 2, tau=0.25)
     for live, target in zip(agent.live.parameters(), agent.target.parameters(), strict=True):
         assert torch.equal(live, target) and live.data_ptr() != target.data_ptr()
-    critics = [p.detach().clone() for p in agent.qf1.parameters()]
+    first, second = twins(agent)
+    critics = [p.detach().clone() for p in first.parameters()]
     for number in (2, 4, 6):  # turns of TD3+BC's actor, with which its targets follow
-        for first, second in zip(agent.qf1.parameters(), agent.qf2.parameters(), strict=True):
-            assert not torch.equal(first, second)
+        for one, other in zip(first.parameters(), second.parameters(), strict=True):
+            assert not torch.equal(one, other)
         before = [p.clone() for p in agent.target.parameters()]
         update_number(agent, random_batch(2, seed=number), number, kind_of)
         pairs = zip(before, agent.live.parameters(), agent.target.parameters(), strict=True)
         for old, live, target in pairs:
             torch.testing.assert_close(target, 0.75 * old + 0.25 * live)
-    for old, now in zip(critics, agent.qf1.parameters(), strict=True):
+    for old, now in zip(critics, first.parameters(), strict=True):
         assert not torch.equal(old, now)
     assert all(p.grad is None and not p.requires_grad for p in agent.target.parameters())
 

@@ -16,6 +16,7 @@ from tests.helpers import (
     random_batch,
     scaled,
     set_scales,
+    twins,
 )
 
 # --- The learner's parts ---
@@ -26,7 +27,7 @@ def test_the_first_step_is_each_learning_rate_against_the_gradient():
     torch.manual_seed(0)
     args = Args(actor_learning_rate=1e-3, critic_learning_rate=4e-3)
     agent = AWAC(2, OBS_DIM, ACTION_DIM, args)
-    parts = (agent.actor, 1e-3), (agent.qf1, 4e-3), (agent.qf2, 4e-3)
+    parts = (agent.actor, 1e-3), (agent.qf, 4e-3)
     before = [[p.detach().clone() for p in part.parameters()] for part, _ in parts]
     agent.update(random_batch(2))
     for (part, rate), olds in zip(parts, before, strict=True):
@@ -106,7 +107,7 @@ def test_value_is_the_mean_of_the_smaller_critic_over_sampled_actions(monkeypatc
             for c in range(3):
                 action = np.clip(mean + std * noise[g, 3 * b + c].numpy(), -1, 1)
                 pair = np.concatenate([s, action])
-                values.append(min(plain_mlp(q.network, pair, g)[0] for q in agent.live))
+                values.append(min(plain_mlp(q.network, pair, g)[0] for q in twins(agent)))
             assert found[g, b].item() == pytest.approx(np.mean(values), abs=1e-5)
 
 
@@ -118,6 +119,7 @@ def losses_by_hand(agent, batch, noise, g, weights=None):
     args, data = agent.args, {key: value[g].double().numpy() for key, value in batch.items()}
     target_noise, advantage_noise = (n[g].double().numpy() for n in noise)
     std = np.exp(-6 / (1 + np.exp(-agent.actor.raw_log_std[g, 0].detach().double().numpy())))
+    live, target = twins(agent), twins(agent, "target_qf")
     q1_loss, q2_loss, actor_loss, found_weights = [], [], [], []
     for b in range(len(data["rewards"])):
         s, s2 = (scaled(agent, data[key][b], g) for key in ("obs", "next_obs"))
@@ -130,13 +132,13 @@ def losses_by_hand(agent, batch, noise, g, weights=None):
             return [plain_mlp(qf.network, np.concatenate([s, a]), g)[0] for qf in networks]
 
         a2 = np.clip(mean(s2) + std * target_noise[b], -1, 1)
-        bootstrap = args.gamma * (1 - data["terminations"][b]) * min(q(agent.target, s2, a2))
-        y, (q1, q2) = data["rewards"][b] + bootstrap, q(agent.live, s, a)
+        bootstrap = args.gamma * (1 - data["terminations"][b]) * min(q(target, s2, a2))
+        y, (q1, q2) = data["rewards"][b] + bootstrap, q(live, s, a)
         q1_loss.append((q1 - y) ** 2)
         q2_loss.append((q2 - y) ** 2)
 
         own = np.clip(mean(s) + std * advantage_noise[b], -1, 1)
-        advantage = min(q1, q2) - min(q(agent.live, s, own))
+        advantage = min(q1, q2) - min(q(live, s, own))
         weight = min(math.exp(advantage / args.temperature), args.weight_max)
         found_weights.append(weight)
         log_density = -((a - mean(s)) ** 2) / (2 * std**2) - np.log(std * math.sqrt(2 * math.pi))
@@ -164,8 +166,7 @@ def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch):
         agent.actor.raw_log_std += torch.randn_like(agent.actor.raw_log_std)
         for p in agent.target.parameters():  # of their own: a live network in their place shows
             p += 0.1 * torch.randn_like(p)
-        for qf in agent.live:  # advantages of a size to matter
-            qf.network[-1].weight *= 30
+        agent.qf.network[-1].weight *= 30  # advantages of a size to matter
     batch = {key: value.double() for key, value in random_batch(3, size=16).items()}
     noise, draw = [], torch.randn_like
 
@@ -182,7 +183,8 @@ def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch):
             assert losses[name][g].item() == pytest.approx(value, rel=1e-8), name
         assert 0 < sum(w == 3.0 for w in weights) < 16  # the ceiling matters, and not always
 
-    for name, part in (("actor", agent.actor), ("qf1", agent.qf1), ("qf2", agent.qf2)):
+    names = ("actor", "qf1", "qf2")
+    for name, part in zip(names, (agent.actor, *twins(agent)), strict=True):
         parameters = list(part.parameters())
         for g in [*groups, *groups]:
             direction = [torch.zeros_like(p) for p in parameters]
@@ -205,8 +207,7 @@ def test_the_weights_follow_temperature_and_ceiling():
     for temperature, weight_max in ((1.0, 100.0), (0.5, 100.0), (2.0, 1.5)):
         args = Args(temperature=temperature, weight_max=weight_max)
         agent = AWAC(2, OBS_DIM, 1, args)
-        for qf in agent.live:
-            qf.forward = lambda obs, actions: 3 * actions.squeeze(2)
+        agent.qf.forward = lambda obs, actions: 3 * actions.squeeze(2).expand(2, -1, -1)
         own = torch.rand(2, 200, 1) * 2 - 1
         found = agent.advantage_weights(obs, actions, own).numpy()
         advantage = 3 * (actions - own).squeeze(2).double().numpy()
@@ -223,7 +224,7 @@ def test_a_groups_weights_and_updates_do_not_feel_the_others_scale():
         batch = random_batch(2)
         batch["rewards"][0] *= scale
         with torch.no_grad():
-            for qf in (*agent.live, *agent.target):
+            for qf in (*twins(agent), *twins(agent, "target_qf")):
                 qf.network[-1].weight[0] *= scale
         own = agent.explore(batch["obs"])
         weights = agent.advantage_weights(batch["obs"], batch["actions"], own)
@@ -240,7 +241,7 @@ def test_no_number_overflows_on_actions_at_the_bounds_with_huge_advantages():
     args = Args(hidden_size=32, actor_learning_rate=1e-2, critic_learning_rate=1e-2)
     agent = AWAC(2, OBS_DIM, ACTION_DIM, args)
     with torch.no_grad():
-        for qf in (*agent.live, *agent.target):
+        for qf in (*twins(agent), *twins(agent, "target_qf")):
             qf.network[-1].weight *= 1e5
     seen = []
     for i in range(200):

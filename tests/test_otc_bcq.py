@@ -10,6 +10,7 @@ from tests.helpers import (
     OBS_DIM,
     plain_mlp,
     random_batch,
+    twins,
 )
 
 
@@ -57,21 +58,21 @@ def test_losses_equal_a_brute_force_without_batches(monkeypatch):
                 a2 = np.tanh(plain_mlp(agent.vae.decoder, np.concatenate([s2, z]), g))
                 shift = np.tanh(plain_mlp(agent.target_actor.network, np.concatenate([s2, a2]), g))
                 a2 = np.clip(a2 + 0.05 * shift, -1, 1)
-                twins = [
+                values = [
                     plain_mlp(qf.network, np.concatenate([s2, a2]), g)[0]
-                    for qf in (agent.target_qf1, agent.target_qf2)
+                    for qf in twins(agent, "target_qf")
                 ]
-                best = max(best, 0.75 * min(twins) + 0.25 * max(twins))
+                best = max(best, 0.75 * min(values) + 0.25 * max(values))
             y = data["rewards"][g, b] + 0.99 * (1 - data["terminations"][g, b]) * best
             pair = np.concatenate([s, a])
-            q1_loss.append((plain_mlp(agent.qf1.network, pair, g)[0] - y) ** 2)
-            q2_loss.append((plain_mlp(agent.qf2.network, pair, g)[0] - y) ** 2)
+            q1_loss.append((plain_mlp(twins(agent)[0].network, pair, g)[0] - y) ** 2)
+            q2_loss.append((plain_mlp(twins(agent)[1].network, pair, g)[0] - y) ** 2)
 
             z = np.clip(actor_noise[g, b], -0.5, 0.5)
             a = np.tanh(plain_mlp(agent.vae.decoder, np.concatenate([s, z]), g))
             shift = np.tanh(plain_mlp(agent.actor.network, np.concatenate([s, a]), g))
             pair = np.concatenate([s, np.clip(a + 0.05 * shift, -1, 1)])
-            actor_loss.append(-plain_mlp(agent.qf1.network, pair, g)[0])
+            actor_loss.append(-plain_mlp(twins(agent)[0].network, pair, g)[0])
         expected = {
             "losses/vae_reconstruction": vae,
             "losses/vae_kl": kl,

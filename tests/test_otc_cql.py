@@ -16,6 +16,7 @@ from tests.helpers import (
     random_batch,
     scaled,
     set_scales,
+    twins,
 )
 
 # --- The learner's parts ---
@@ -101,7 +102,7 @@ def test_acting_is_the_mean_and_value_the_mean_of_the_smaller_critic(monkeypatch
             for c in range(3):
                 action = np.tanh(mean + np.exp(log_std - 1) * noise[g, b, c].numpy())
                 pair = np.concatenate([s, action])
-                values.append(min(plain_mlp(q.network, pair, g)[0] for q in agent.live))
+                values.append(min(plain_mlp(q.network, pair, g)[0] for q in twins(agent)))
             assert found[g, b].item() == pytest.approx(np.mean(values), abs=1e-5)
 
 
@@ -126,25 +127,26 @@ def losses_by_hand(agent, batch, noise, g):
     def q(networks, s, a):
         return np.array([plain_mlp(qf.network, np.concatenate([s, a]), g)[0] for qf in networks])
 
+    live, target = twins(agent), twins(agent, "target_qf")
     td, gaps, actor_loss, entropy = [], [], [], []
     for b in range(len(data["rewards"])):
         s, s2 = (scaled(agent, data[key][b], g) for key in ("obs", "next_obs"))
         a = data["actions"][b]
         a2, _ = policy(s2, target_noise[b, 0])
-        bootstrap = args.gamma * (1 - data["terminations"][b]) * min(q(agent.target, s2, a2))
-        q_data = q(agent.live, s, a)
+        bootstrap = args.gamma * (1 - data["terminations"][b]) * min(q(target, s2, a2))
+        q_data = q(live, s, a)
         td.append((q_data - data["rewards"][b] - bootstrap) ** 2)
 
         total = np.zeros(2)
         for c in range(args.num_penalty_actions):
-            total += np.exp(q(agent.live, s, 2 * uniform[b, c] - 1)) / 0.5 ** len(a)
+            total += np.exp(q(live, s, 2 * uniform[b, c] - 1)) / 0.5 ** len(a)
             for state, z in ((s, obs_noise[b, c]), (s2, next_obs_noise[b, c])):
                 a_sampled, log_density = policy(state, z)
-                total += np.exp(q(agent.live, s, a_sampled)) / np.exp(log_density)
+                total += np.exp(q(live, s, a_sampled)) / np.exp(log_density)
         gaps.append(np.log(total) - q_data)
 
         a, log_density = policy(s, actor_noise[b, 0])
-        actor_loss.append(math.exp(log_temperature) * log_density - min(q(agent.live, s, a)))
+        actor_loss.append(math.exp(log_temperature) * log_density - min(q(live, s, a)))
         entropy.append(-log_density)
     td, gaps = np.mean(td, 0), np.mean(gaps, 0)
     entropy, mean_gap = np.mean(entropy), np.mean(gaps)
@@ -182,7 +184,7 @@ def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch, l
     with torch.no_grad():
         for p in agent.target.parameters():  # of their own: a live network in their place shows
             p += 0.1 * torch.randn_like(p)
-        for network in (agent.actor, *agent.live):
+        for network in (agent.actor, *twins(agent)):
             network.network[-1].weight *= 5
         agent.log_temperature += torch.tensor([-1.0, 0.5])
         agent.log_factor += torch.tensor([-0.5, 0.7])
@@ -209,7 +211,8 @@ def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch, l
         if lagrange:
             assert agent.log_factor.grad[g].item() == pytest.approx(slopes["factor"])
 
-    for name, part in (("actor", agent.actor), ("qf1", agent.qf1), ("qf2", agent.qf2)):
+    names = ("actor", "qf1", "qf2")
+    for name, part in zip(names, (agent.actor, *twins(agent)), strict=True):
         parameters = list(part.parameters())
         for g in (0, 1, 0, 1):
             direction = [torch.zeros_like(p) for p in parameters]
@@ -233,7 +236,7 @@ def test_a_groups_update_does_not_feel_the_others_scale():
         batch = random_batch(2)
         batch["rewards"][0] *= scale
         with torch.no_grad():
-            for qf in (*agent.live, *agent.target):
+            for qf in (*twins(agent), *twins(agent, "target_qf")):
                 qf.network[-1].weight[0] *= scale
         for _ in range(3):
             losses = agent.update(batch)
@@ -259,15 +262,14 @@ def test_the_factor_grows_above_the_target_gap_shrinks_below_and_rests_without_l
         agent = CQL(2, OBS_DIM, ACTION_DIM, Args(lagrange=lagrange))
         batch = random_batch(2)
         with torch.no_grad():
-            for qf in agent.live:
-                qf.network[-1].weight *= 60
+            agent.qf.network[-1].weight *= 60
             actions = torch.rand(2, 32 * 50, ACTION_DIM) * 2 - 1
             q = agent.q_value(batch["obs"].repeat_interleave(50, dim=1), actions).view(2, 32, 50)
             pick = torch.stack([q[0].argmin(1), q[1].argmax(1)])
             index = pick.view(2, 32, 1, 1).expand(-1, -1, -1, ACTION_DIM)
             batch["actions"] = actions.view(2, 32, 50, -1).gather(2, index).squeeze(2)
-            qs = [qf(batch["obs"], batch["actions"]) for qf in agent.live]
-            gap = sum(agent.conservative_gap(batch["obs"], batch["next_obs"], *qs)) / 2
+            q = agent.qf(batch["obs"], batch["actions"])
+            gap = agent.conservative_gap(batch["obs"], batch["next_obs"], q).mean(0)
         assert gap[0] > gap[1] + 1
         agent.args.target_gap = gap.mean().item()
         for _ in range(5):

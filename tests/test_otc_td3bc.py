@@ -17,6 +17,7 @@ from tests.helpers import (
     linear_quadratic_error,
     plain_mlp,
     random_batch,
+    twins,
 )
 from tests.tiny_task import ENV, write_data
 
@@ -31,7 +32,7 @@ def test_only_the_critics_move_when_it_is_not_the_actors_turn():
     before = {name: p.clone() for name, p in agent.named_parameters()}
     losses = agent.update(random_batch(2, seed=1), False)
     for name, p in agent.named_parameters():
-        assert torch.equal(p, before[name]) != name.startswith(("qf1", "qf2")), name
+        assert torch.equal(p, before[name]) != name.startswith("qf"), name
     # The actor's losses are reported until its next turn.
     assert torch.equal(losses["losses/actor_loss"], reported[0])
     assert torch.equal(losses["losses/bc_loss"], reported[1])
@@ -42,7 +43,7 @@ def test_the_first_step_is_each_learning_rate_against_the_gradient():
     torch.manual_seed(0)
     args = Args(actor_learning_rate=1e-3, critic_learning_rate=4e-3)
     agent = TD3BC(2, OBS_DIM, ACTION_DIM, args)
-    parts = (agent.actor, 1e-3), (agent.qf1, 4e-3), (agent.qf2, 4e-3)
+    parts = (agent.actor, 1e-3), (agent.qf, 4e-3)
     before = [[p.detach().clone() for p in part.parameters()] for part, _ in parts]
     agent.update(random_batch(2), True)
     for (part, rate), olds in zip(parts, before, strict=True):
@@ -66,17 +67,18 @@ def losses_by_hand(agent, batch, noise, g, weight=None):
     def q(qf, s, a):
         return plain_mlp(qf.network, np.concatenate([s, a]), g)[0]
 
+    live, target = twins(agent), twins(agent, "target_qf")
     losses = {"qf1_loss": [], "qf2_loss": [], "bc_loss": []}
     own = []
     for b in range(len(data["rewards"])):
         s, s2 = ((data[key][b] - scales[0]) / scales[1] for key in ("obs", "next_obs"))
         a2 = np.clip(policy(agent.target_actor, s2) + noise[b], -1, 1)
-        smaller = min(q(agent.target_qf1, s2, a2), q(agent.target_qf2, s2, a2))
+        smaller = min(q(qf, s2, a2) for qf in target)
         y = data["rewards"][b] + args.gamma * (1 - data["terminations"][b]) * smaller
-        losses["qf1_loss"].append((q(agent.qf1, s, data["actions"][b]) - y) ** 2)
-        losses["qf2_loss"].append((q(agent.qf2, s, data["actions"][b]) - y) ** 2)
+        losses["qf1_loss"].append((q(live[0], s, data["actions"][b]) - y) ** 2)
+        losses["qf2_loss"].append((q(live[1], s, data["actions"][b]) - y) ** 2)
         a = policy(agent.actor, s)
-        own.append(q(agent.qf1, s, a))
+        own.append(q(live[0], s, a))
         losses["bc_loss"].append(np.mean((a - data["actions"][b]) ** 2))
     losses = {f"losses/{name}": np.mean(values) for name, values in losses.items()}
     found_weight = args.bc_alpha / np.mean(np.abs(own))
@@ -98,11 +100,12 @@ def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch):
         for p in agent.target.parameters():  # of their own: a live network in their place shows
             p += 0.1 * torch.randn_like(p)
         agent.target_actor.network[-1].weight *= 5  # near the bounds, where the noise is cut off
-        agent.qf1.network[-1].weight *= torch.tensor([1.0, 10.0, 0.1]).view(3, 1, 1)
+        twins(agent)[0].network[-1].weight *= torch.tensor([1.0, 10.0, 0.1]).view(3, 1, 1)
     batch = {key: value.double() for key, value in random_batch(3, size=16).items()}
     with torch.no_grad():  # Q of both signs, so that the mean of |Q| is not |the mean of Q|
         obs = agent.scaled(batch["obs"])
-        agent.qf1.network[-1].bias -= agent.qf1(obs, agent.actor(obs)).mean(1).view(3, 1, 1)
+        own_q = agent.qf.first(obs, agent.actor(obs))
+        twins(agent)[0].network[-1].bias -= own_q.mean(1).view(3, 1, 1)
     noise, draw = [], torch.randn_like
 
     def kept(*args, **kwargs):
@@ -119,7 +122,8 @@ def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch):
         for name, value in expected.items():
             assert losses[name][g].item() == pytest.approx(value, rel=1e-8), name
 
-    for name, part in (("actor", agent.actor), ("qf1", agent.qf1), ("qf2", agent.qf2)):
+    names = ("actor", "qf1", "qf2")
+    for name, part in zip(names, (agent.actor, *twins(agent)), strict=True):
         parameters = list(part.parameters())
         for g in [*groups, *groups]:
             direction = [torch.zeros_like(p) for p in parameters]
@@ -142,13 +146,11 @@ def test_the_targets_noise_is_cut_off_and_its_action_stays_in_the_box(monkeypatc
     with torch.no_grad():
         agent.target_actor.network[-1].weight.zero_()
         agent.target_actor.network[-1].bias.copy_(torch.atanh(torch.tensor([[[-0.2, 0.8]]])))
-    for qf in (agent.target_qf1, agent.target_qf2):
-        qf.register_forward_pre_hook(lambda module, inputs: asked.append(inputs[1]))
+    agent.target_qf.register_forward_pre_hook(lambda module, inputs: asked.append(inputs[1]))
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 1e6))
     agent.update(random_batch(1), True)
-    assert len(asked) == 2
-    for actions in asked:
-        torch.testing.assert_close(actions, torch.tensor([0.3, 1.0]).expand(1, 32, 2))
+    (actions,) = asked
+    torch.testing.assert_close(actions, torch.tensor([0.3, 1.0]).expand(1, 32, 2))
 
 
 def test_a_groups_update_does_not_feel_the_others_scale():
@@ -160,7 +162,7 @@ def test_a_groups_update_does_not_feel_the_others_scale():
         batch = random_batch(2)
         batch["rewards"][0] *= scale
         with torch.no_grad():
-            for qf in (agent.qf1, agent.qf2, agent.target_qf1, agent.target_qf2):
+            for qf in (*twins(agent), *twins(agent, "target_qf")):
                 qf.network[-1].weight[0] *= scale
         for i in range(4):
             losses = agent.update(batch, i % 2 == 1)
@@ -177,7 +179,7 @@ def test_the_scale_of_its_critic_does_not_matter_to_the_actor():
         torch.manual_seed(0)
         agent = TD3BC(1, OBS_DIM, ACTION_DIM, Args(critic_learning_rate=0.0))
         with torch.no_grad():
-            for p in agent.qf1.network[-1].parameters():
+            for p in twins(agent)[0].network[-1].parameters():
                 p *= scale
         agent.update(random_batch(1), True)
         gradients.append([p.grad for p in agent.actor.parameters()])
