@@ -127,10 +127,10 @@ class SquashedGaussianActor(Actor):
         mean, log_std = self.network(obs).chunk(2, dim=2)
         return mean, (log_std - 1).clamp(-20, 2)  # a start with a smaller std than 1
 
-    def sample(self, obs, num: int = 1):
+    def sample(self, mean, log_std, num: int = 1):
         """Actions (G, batch, num, action_dim) and their log densities (G, batch, num)."""
-        mean, log_std = (x.unsqueeze(2) for x in self(obs))
-        noise = torch.randn(*obs.shape[:2], num, mean.shape[3], device=obs.device)
+        mean, log_std = mean.unsqueeze(2), log_std.unsqueeze(2)
+        noise = torch.randn(*mean.shape[:2], num, mean.shape[3], device=mean.device)
         before = mean + log_std.exp() * noise
         log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
         # log(1 - tanh(x)^2), without the difference of nearly equal numbers
@@ -178,12 +178,14 @@ class CQL(Learner):
         # Critics: y = r + gamma * the smaller target critic at an action of the policy, without
         # its entropy; and the conservative penalty.
         with torch.no_grad():
-            next_actions = self.actor.sample(next_obs)[0].squeeze(2)
+            next_policy = self.actor(next_obs)  # mean and log-std
+            next_actions = self.actor.sample(*next_policy)[0].squeeze(2)
             next_q = self.target_qf(next_obs, next_actions).amin(0)
             target = batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
         q = self.qf(obs, actions)  # (2, G, batch)
         qf_loss = (q - target).square().mean(2)  # (2, G)
-        gap = self.conservative_gap(obs, next_obs, q)  # (2, G)
+        policy = self.actor(obs)
+        gap = self.conservative_gap(obs, policy, next_policy, q)  # (2, G)
         weight, target_gap = args.cql_alpha, 0.0
         if args.lagrange:
             weight = args.cql_alpha * self.log_factor.detach().exp().clamp(max=1e6)
@@ -195,7 +197,7 @@ class CQL(Learner):
 
         # Actor: climb the smaller critic and keep entropy.
         temperature = self.log_temperature.detach().exp()  # (G,)
-        policy_actions, log_prob = (x.squeeze(2) for x in self.actor.sample(obs))
+        policy_actions, log_prob = (x.squeeze(2) for x in self.actor.sample(*policy))
         own_q = torch.minimum(*self.qf(obs, policy_actions))
         actor_loss = (temperature.unsqueeze(1) * log_prob - own_q).mean(1)
         step(self.actor_optimizer, actor_loss)
@@ -218,25 +220,26 @@ class CQL(Learner):
             "losses/temperature": temperature,
         }
 
-    def conservative_gap(self, obs, next_obs, q) -> torch.Tensor:
+    def conservative_gap(self, obs, policy, next_policy, q) -> torch.Tensor:
         """CQL's penalty of each critic, (2, G): logsumexp of Q over actions of three kinds, with
         importance weights, minus Q of the data's actions; equation (4) with the entropy as R.
         Observations are scaled.
 
         Args:
+            policy, next_policy: mean and log-std at s and s', (G, batch, action_dim) each.
             q: (2, G, batch), each critic at the data's actions.
         """
         num = self.args.num_penalty_actions
         with torch.no_grad():
-            at_obs, log_prob = self.actor.sample(obs, num)
-            at_next_obs, next_log_prob = self.actor.sample(next_obs, num)
+            at_obs, log_prob = self.actor.sample(*policy, num)
+            at_next_obs, next_log_prob = self.actor.sample(*next_policy, num)
             uniform = keep_own(2 * torch.rand_like(at_obs) - 1, self.own)
             log_uniform = (-math.log(2) * count_own(uniform, self.own)).view(-1, 1, 1)
             sampled = torch.cat([uniform, at_obs, at_next_obs], dim=2).flatten(1, 2)
             log_uniform = log_uniform.expand_as(log_prob)
             log_density = torch.cat([log_uniform, log_prob, next_log_prob], dim=2)
             repeated = obs.repeat_interleave(3 * num, dim=1)  # s for all three kinds
-            rows = 240 if obs.is_cpu else repeated.shape[1]  # at a time: what its cache holds
+            rows = 960 if obs.is_cpu else repeated.shape[1]  # at a time: what its cache holds
             parts = list(zip(repeated.split(rows, 1), sampled.split(rows, 1), strict=True))
         q_sampled = torch.cat([self.qf(*part) for part in parts], dim=2)
         q_sampled = q_sampled.unflatten(2, (-1, 3 * num))  # (2, G, batch, 3 * num)
@@ -250,7 +253,7 @@ class CQL(Learner):
     @torch.no_grad()
     def explore(self, obs: torch.Tensor) -> torch.Tensor:
         """A sample of the policy; shapes as of `act`."""
-        return self.actor.sample(self.scaled(obs))[0].squeeze(2)
+        return self.actor.sample(*self.actor(self.scaled(obs)))[0].squeeze(2)
 
     @torch.no_grad()
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
@@ -263,7 +266,7 @@ class CQL(Learner):
         """V(s), the mean of Q over num_value_actions actions of the policy: (G, batch)."""
         num = self.args.num_value_actions
         repeated = obs.repeat_interleave(num, dim=1)
-        actions = self.actor.sample(self.scaled(obs), num)[0].flatten(1, 2)
+        actions = self.actor.sample(*self.actor(self.scaled(obs)), num)[0].flatten(1, 2)
         return self.q_value(repeated, actions).unflatten(1, (-1, num)).mean(2)
 
 

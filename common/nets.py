@@ -44,19 +44,21 @@ class Stack(nn.Sequential):
     """`Linear`s with ReLU between them."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or not x.is_cpu or x.shape[1] < 512:
+        if not x.is_cpu or x.shape[1] < 512:
             return super().forward(x)
         # Many rows on a CPU: group by group, whose numbers the cache holds from layer to layer
-        *hidden, last = (layer for layer in self if isinstance(layer, Linear))
-        outputs = x.new_empty(*x.shape[:2], last.weight.shape[2])
-        for g, (h, output) in enumerate(zip(x, outputs, strict=True)):
-            for layer in hidden:
-                h = torch.mm(h, layer.weight[g]).add_(layer.bias[g]).relu_()
-            if output.shape[1] == 1:
-                torch.addmv(last.bias[g, 0], h, last.weight[g, :, 0], out=output[:, 0])
+        layers = [layer for layer in self if isinstance(layer, Linear)]
+        weights = zip(*(layer.weight for layer in layers), strict=True)
+        biases = zip(*(layer.bias for layer in layers), strict=True)
+        outputs = []
+        for h, (*hidden, last), (*shifts, shift) in zip(x, weights, biases, strict=False):
+            for weight, bias in zip(hidden, shifts, strict=True):
+                h = torch.mm(h, weight).add_(bias).relu_()
+            if last.shape[1] == 1:
+                outputs.append(torch.addmv(shift[0], h, last[:, 0]).unsqueeze(1))
             else:
-                torch.mm(h, last.weight[g], out=output).add_(last.bias[g])
-        return outputs
+                outputs.append(torch.mm(h, last).add_(shift))
+        return torch.stack(outputs)
 
 
 def mlp(num_groups: int, in_features: int, hidden_size: int, out_features: int) -> Stack:
@@ -321,7 +323,7 @@ def step(optimizer: torch.optim.Optimizer, loss: torch.Tensor, clip=None) -> Non
     """One step on the sum of a loss (G,), with gradients of the optimiser's own parameters only.
     `clip`, a number of teams and a norm: the gradient of each team is shortened to that norm."""
     parameters = optimizer.param_groups[0]["params"]
-    gradients = torch.autograd.grad(loss.sum(), parameters)
+    gradients = torch.autograd.grad(loss, parameters, torch.ones_like(loss))
     if clip is not None:
         gradients = clipped(gradients, *clip)
     for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -54,7 +54,7 @@ def test_the_log_density_is_a_change_of_variables_also_where_actions_are_at_the_
         set_policy(agent, [means], [[1.0, -1.0]])  # log-stds 0 and -2
         state = torch.get_rng_state()
         with torch.no_grad():
-            actions, found = agent.actor.sample(torch.zeros(1, 1, OBS_DIM), 500)
+            actions, found = agent.actor.sample(*agent.actor(torch.zeros(1, 1, OBS_DIM)), 500)
         torch.set_rng_state(state)
         noise = torch.randn(1, 1, 500, ACTION_DIM).double().numpy()[0, 0]
         std = np.exp([0.0, -2.0])
@@ -73,7 +73,7 @@ def test_the_density_integrates_to_one(monkeypatch, mean, log_std):
     noise = torch.linspace(-8, 8, 20_001, dtype=torch.float64).view(1, 1, -1, 1)
     monkeypatch.setattr(torch, "randn", lambda *shape, device=None: noise)
     with torch.no_grad():
-        actions, log_prob = agent.actor.sample(torch.zeros(1, 1, 1).double(), 20_001)
+        actions, log_prob = agent.actor.sample(*agent.actor(torch.zeros(1, 1, 1).double()), 20_001)
     mass = torch.trapezoid(log_prob.flatten().exp(), actions.flatten())
     assert mass.item() == pytest.approx(1, abs=1e-5)
 
@@ -82,7 +82,7 @@ def test_the_log_std_is_held_between_its_bounds():
     agent = CQL(1, OBS_DIM, ACTION_DIM, Args())
     set_policy(agent, [[0.0, 0.0]], [[-100.0, 100.0]])
     assert agent.actor(torch.zeros(1, 1, OBS_DIM))[1].flatten().tolist() == [-20, 2]
-    _, log_prob = agent.actor.sample(torch.zeros(1, 50, OBS_DIM))
+    _, log_prob = agent.actor.sample(*agent.actor(torch.zeros(1, 50, OBS_DIM)))
     assert log_prob.isfinite().all()
 
 
@@ -269,7 +269,8 @@ def test_the_factor_grows_above_the_target_gap_shrinks_below_and_rests_without_l
             index = pick.view(2, 32, 1, 1).expand(-1, -1, -1, ACTION_DIM)
             batch["actions"] = actions.view(2, 32, 50, -1).gather(2, index).squeeze(2)
             q = agent.qf(batch["obs"], batch["actions"])
-            gap = agent.conservative_gap(batch["obs"], batch["next_obs"], q).mean(0)
+            policies = agent.actor(batch["obs"]), agent.actor(batch["next_obs"])
+            gap = agent.conservative_gap(batch["obs"], *policies, q).mean(0)
         assert gap[0] > gap[1] + 1
         agent.args.target_gap = gap.mean().item()
         for _ in range(5):
