@@ -306,8 +306,10 @@ class OTC(Strategy):
             end_star = end_star.gather(1, match)
         # Nothing follows an end, and its V is not learned: pairs with one are drawn as by chance
         is_end = (end > 0) | (end_star > 0)
-        v_next = sampler.relative_to_mean(v_next, is_end)
-        v_star = v_star if of_all else sampler.relative_to_mean(v_star, is_end)
+        if of_all:
+            v_next = sampler.relative_to_mean(v_next, is_end)
+        else:
+            v_next, v_star = sampler.relative_to_mean(torch.stack([v_next, v_star]), is_end)
         return sampler.rank_at_random((v_next - v_star).abs(), is_end)
 
 

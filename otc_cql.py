@@ -159,15 +159,10 @@ class CQL(Learner):
         self.log_temperature = nn.Parameter(torch.zeros(G))  # SAC's, of the entropy
         self.log_factor = nn.Parameter(torch.zeros(G))  # of the penalty, with --lagrange
         self.qf_optimizer = adam(self.live.parameters(), args.critic_learning_rate)
-        self.actor_optimizer = adam(self.actor.parameters(), args.actor_learning_rate)
-        self.temperature_optimizer = adam([self.log_temperature], args.actor_learning_rate)
+        actor_parameters = [*self.actor.parameters(), self.log_temperature]
+        self.actor_optimizer = adam(actor_parameters, args.actor_learning_rate)
         self.factor_optimizer = adam([self.log_factor], args.critic_learning_rate)
-        self.optimizers = [
-            self.qf_optimizer,
-            self.actor_optimizer,
-            self.temperature_optimizer,
-            self.factor_optimizer,
-        ]
+        self.optimizers = [self.qf_optimizer, self.actor_optimizer, self.factor_optimizer]
 
     def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One update of every network on a batch as `Replay.gather` returns it; losses (G,)."""
@@ -195,19 +190,15 @@ class CQL(Learner):
             mean_gap = gap.detach().mean(0)
             step(self.factor_optimizer, self.log_factor.exp() * (target_gap - mean_gap))
 
-        # Actor: climb the smaller critic and keep entropy.
+        # Actor: climb the smaller critic and keep entropy; the temperature aims at an entropy of
+        # -dim(A).
         temperature = self.log_temperature.detach().exp()  # (G,)
         policy_actions, log_prob = (x.squeeze(2) for x in self.actor.sample(*policy))
         own_q = torch.minimum(*self.qf(obs, policy_actions))
         actor_loss = (temperature.unsqueeze(1) * log_prob - own_q).mean(1)
-        step(self.actor_optimizer, actor_loss)
-
-        # Temperature: towards an entropy of -dim(A).
         entropy = -log_prob.detach().mean(1)
-        step(
-            self.temperature_optimizer,
-            self.log_temperature * (entropy + count_own(actions, self.own)),
-        )
+        temperature_loss = self.log_temperature * (entropy + count_own(actions, self.own))
+        step(self.actor_optimizer, actor_loss + temperature_loss)
 
         follow(self.target, self.live, args.tau)
         return {
@@ -343,8 +334,10 @@ class OTC(Strategy):
             end_star = end_star.gather(1, match)
         # Nothing follows an end, and its V is not learned: pairs with one are drawn as by chance
         is_end = (end > 0) | (end_star > 0)
-        v_next = sampler.relative_to_mean(v_next, is_end)
-        v_star = v_star if of_all else sampler.relative_to_mean(v_star, is_end)
+        if of_all:
+            v_next = sampler.relative_to_mean(v_next, is_end)
+        else:
+            v_next, v_star = sampler.relative_to_mean(torch.stack([v_next, v_star]), is_end)
         return sampler.rank_at_random((v_next - v_star).abs(), is_end)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import tyro
 
 from benchmarks import write_csv
-from benchmarks.speed import fill, learner_of, machine, times_of, update_of
+from benchmarks.speed import fill, introduction, learner_of, machine, times_of, update_of
 from common import cli, datasets
 from common.device import Graphed, pick_device
 
@@ -41,7 +41,7 @@ def main(args: Args) -> None:
     device = pick_device(args)
     dataset = datasets.load(args.env)
     what, rows = machine(device), []
-    print(args.env, *(f"{key} {value}" for key, value in what.items()), sep=", ")
+    print(introduction(args.env, what))
     print("\n| seeds | batch |", *(f"{name} |" for name in LEARNERS))
     print("|---|---|" + "---|" * len(LEARNERS))
     for num_seeds in args.num_seeds:

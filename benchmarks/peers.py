@@ -1,5 +1,6 @@
 """Our learners beside d3rlpy's: updates per second and agent, the same networks, batches, numbers
-of sampled actions and data (d3rlpy holds its first 100,000 transitions), one thread each, in turn.
+of sampled actions and data (d3rlpy holds its first 100,000 transitions), one thread each, in turn;
+on a CPU in processor time.
 
     OMP_NUM_THREADS=1 python -m benchmarks.peers --json peers.json
 
@@ -19,7 +20,7 @@ import torch
 import tyro
 
 from benchmarks import write, write_json
-from benchmarks.speed import learner_of, machine, times_of, update_of
+from benchmarks.speed import introduction, learner_of, machine, times_of, update_of
 from common import cache_dir, cli, datasets
 from common.datasets import makers
 from common.device import Graphed, pick_device
@@ -97,7 +98,7 @@ def main(args: Args) -> None:
     peer = Peer(args, data, dataset.actions.shape[2], device)
     del dataset
     what = machine(device) | {"d3rlpy": VERSION, "compiled": args.compile}
-    print(args.env, *(f"{key} {value}" for key, value in what.items()), sep=", ")
+    print(introduction(args.env, what))
     print("\n| learner | seeds | ms per agent, d3rlpy | ours | times as fast, median | quartiles |")
     print("|---|---|---|---|---|---|", flush=True)
     rows = []

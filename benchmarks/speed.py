@@ -4,14 +4,16 @@ seed and several, eagerly and as a CUDA graph, and where OTC's time goes.
     OMP_NUM_THREADS=1 python -m benchmarks.speed --json speed.json
 
 The strategies of a script are timed in turn within every repetition, so that whatever else the
-machine does falls on all of them; the table shows medians over the repetitions, and ratios within
-them. The second table has the shares of an eager update with OTC: draw (indices and rows), forward
-(networks for the distances), match, rank (and the draw by rank), learner, and the rest. BREMEN's
-time is that of an update of its models; its improvement of the policy, once in `--improve-every`
-updates whatever the strategy, is timed by itself.
+machine does falls on all of them; with one thread of a CPU it is processor time, in which that
+counts little. The table shows medians over the repetitions, and ratios within them. The second
+table has the shares of an eager update with OTC: draw (indices and rows), forward (networks for the
+distances), match, rank (and the draw by rank), learner, and the rest. BREMEN's time is that of an
+update of its models; its improvement of the policy, once in `--improve-every` updates whatever the
+strategy, is timed by itself.
 """
 
 import importlib
+import os
 import platform
 import time
 from collections import defaultdict
@@ -70,21 +72,35 @@ class Args:
     """file for the raw times"""
 
 
-def machine(device: torch.device) -> dict[str, str | int]:
-    """What a time was measured on."""
-    cpu = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc").exists() else ():
-        if line.startswith("model name"):
-            cpu = line.split(":")[1].strip()
-            break
+def machine(device: torch.device) -> dict[str, str | int | float]:
+    """What a time was measured on, and what else ran there."""
+    info, caches = Path("/proc/cpuinfo"), Path("/sys/devices/system/cpu/cpu0/cache")
+    lines = info.read_text().split("\n\n")[0].splitlines() if info.exists() else ()
+    cpu = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    sizes = (
+        [(cache / name).read_text().strip() for name in ("level", "type", "size")]
+        for cache in sorted(caches.glob("index*"))
+    )
     return {
-        "cpu": cpu,
+        "cpu": cpu.get("model name", platform.processor() or platform.machine()),
+        "family": cpu.get("cpu family", "unknown"),
+        "model": cpu.get("model", "unknown"),
+        "flags": cpu.get("flags", "unknown"),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "caches": ", ".join(f"L{level} {kind} {size}" for level, kind, size in sizes),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "none",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": code_version(),
     }
+
+
+def introduction(env: str, what: dict) -> str:
+    """The line above a table: the data, and the machine without its long list of flags."""
+    return ", ".join([env, *(f"{key} {value}" for key, value in what.items() if key != "flags")])
 
 
 def discrete_data() -> TeamDataset:
@@ -214,16 +230,23 @@ def stages_of(script: str, replay: Replay, options: dict, updates: int) -> dict[
     return {name: spent[name] / total for name in names}
 
 
+def clock() -> Callable[[], float]:
+    """Seconds of a CPU's: the processor's, which other work leaves alone, where there is one
+    thread."""
+    return time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def times_of(calls: dict, device: torch.device, least: float, repetitions: int) -> dict:
     """Milliseconds per call of each function of the call's number, one per repetition, in turn; at
     least so many seconds of each in a repetition."""
 
     def seconds(call, count: int) -> float:
         if device.type != "cuda":
-            start = time.perf_counter()
+            now = clock()
+            start = now()
             for number in range(count):
                 call(number)
-            return time.perf_counter() - start
+            return now() - start
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for number in range(count):
@@ -259,7 +282,7 @@ def main(args: Args) -> None:
     dataset = datasets.load(args.env)
     discrete = discrete_data() if "otc_cql_discrete" in args.scripts else None
     what = machine(device)
-    print(args.env, *(f"{key} {value}" for key, value in what.items()), sep=", ")
+    print(introduction(args.env, what))
     print("\n| script | seeds | mode | update | ms, median | over uniform, median | quartiles |")
     print("|---|---|---|---|---|---|---|", flush=True)
     times, stages, exact = [], [], {}

@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from benchmarks import write, write_json
-from benchmarks.speed import machine
+from benchmarks.speed import introduction, machine
 from common import cli, datasets, loop, runs
 from common.device import pick_device
 
@@ -145,7 +145,7 @@ def main(args: Args) -> None:
         rows.append({"seeds": num_seeds, **seconds, "total": total, "peak_GiB": peak})
         if args.json:  # as soon as it is known: the whole takes long
             write_json(args.json, record)
-    print(f"\n{args.script}", args.env, *(f"{k} {v}" for k, v in what.items()), sep=", ")
+    print("\n" + introduction(f"{args.script}, {args.env}", what))
     print("\n| seeds |", " | ".join(PHASES), "| total, s | peak memory, GiB |")
     print("|---|" + "---|" * (len(PHASES) + 2))
     for row in rows:

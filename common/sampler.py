@@ -122,13 +122,14 @@ def find_self_matches(candidates: torch.Tensor, references: torch.Tensor) -> tor
 def relative_to_mean(
     values: torch.Tensor, left_out: torch.Tensor | None = None, floor: float = 1e-3
 ) -> torch.Tensor:
-    """V / E[V] per group, as the next-state distance of d_q needs it: values (G, B) -> (G, B).
+    """V / E[V] per group, as the next-state distance of d_q needs it: values (..., G, B) of that
+    shape.
 
     The entries of the mask `left_out` (G, B) do not enter the mean. Its magnitude is kept from
     falling under `floor`, with its sign, so that values around zero do not blow up.
     """
     weight = torch.ones_like(values) if left_out is None else (~left_out).to(values.dtype)
-    mean = (weight * values).sum(1, keepdim=True) / weight.sum(1, keepdim=True).clamp(min=1)
+    mean = (weight * values).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp(min=1)
     return values / torch.copysign(mean.abs().clamp(min=floor), mean)
 
 

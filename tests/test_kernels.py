@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common import sampler, strategies
+from common import strategies
 from common.replay import Replay
 from tests.helpers import ACTION_DIM, OBS_DIM, WITH_OTC, learner_of, random_team
 
@@ -57,11 +57,28 @@ def kernels_of(monkeypatch, script, *kind, **options):
 
 
 KINDS = {"otc_td3bc": [True, False], "otc_bremen": ["fit"]}
-EXPECTED = {}
+# A change that makes fewer of them lowers these
+EXPECTED = {
+    "icq": {"uniform": 257, "value": 416, "embedding": 322},
+    "omar": {"uniform": 369, "value": 522, "embedding": 424},
+    "otc_awac": {"uniform": 172, "value": 313, "embedding": 227},
+    "otc_bcq": {"uniform": 249, "value": 392, "embedding": 304},
+    "otc_bremen": {"uniform fit": 91, "value fit": 420, "embedding fit": 146},
+    "otc_cql": {"uniform": 278, "value": 428, "embedding": 333},
+    "otc_cql_discrete": {"uniform": 138, "value": 270, "embedding": 193},
+    "otc_td3bc": {
+        "uniform True": 143,
+        "value True": 274,
+        "embedding True": 198,
+        "uniform False": 85,
+        "value False": 216,
+        "embedding False": 140,
+    },
+}
 
 
 @pytest.mark.parametrize("script", WITH_OTC)
-def test_an_update_launches_no_more_kernels_than_it_did(monkeypatch, script):
+def test_an_update_launches_as_many_kernels_as_it_did(monkeypatch, script):
     found = {}
     for kind in KINDS.get(script, [None]):
         kinds = () if kind is None else (kind,)
@@ -69,7 +86,7 @@ def test_an_update_launches_no_more_kernels_than_it_did(monkeypatch, script):
             options = {"sampling": "uniform"} if distance is None else {"distance": distance}
             name = f"{distance or 'uniform'}{'' if kind is None else f' {kind}'}"
             found[name] = kernels_of(monkeypatch, script, *kinds, **options)
-    assert found == EXPECTED.get(script)
+    assert found == EXPECTED[script]
 
 
 def test_the_count_is_that_of_the_operations():

@@ -1,0 +1,87 @@
+"""Stacks of networks: twins in one stack, and many rows on a CPU."""
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+
+from common import strategies
+from common.nets import Stack, TwinCritic, mlp
+from common.replay import Replay
+from tests.helpers import (
+    WITH_OTC,
+    WITH_SCALES,
+    add_deployment,
+    make,
+    plain_mlp,
+    random_team,
+    set_scales,
+    twins,
+)
+
+
+@pytest.mark.parametrize("out_features", [1, 3])
+def test_many_rows_give_what_few_give_and_the_same_gradients(out_features, monkeypatch):
+    """A CPU's path for many rows, group by group, and the products of all groups at once."""
+    torch.manual_seed(0)
+    network, x = mlp(3, 4, 16, out_features).double(), torch.randn(3, 700, 4).double()
+    x.requires_grad_()
+    found = []
+    for forward in (Stack.forward, torch.nn.Sequential.forward):
+        monkeypatch.setattr(Stack, "forward", forward)
+        y = network(x)
+        gradients = torch.autograd.grad(y.square().sum(), [x, *network.parameters()])
+        found.append([y, *gradients])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+    assert found[0][0].shape == (3, 700, out_features)
+    for g in range(3):
+        by_hand = plain_mlp(network, x[g, 5].detach().numpy(), g)
+        np.testing.assert_allclose(found[0][0][g, 5].detach().numpy(), by_hand, rtol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [8, 700])
+def test_twins_are_two_critics_from_starts_of_their_own(rows):
+    torch.manual_seed(0)
+    critic = TwinCritic(3, 4, 2, 16)
+    torch.manual_seed(0)  # the same starts as of two networks one after another
+    starts = [mlp(3, 6, 16, 1) for _ in range(2)]
+    obs, actions = torch.randn(3, rows, 4), torch.randn(3, rows, 2)
+    both = critic(obs, actions)
+    assert both.shape == (2, 3, rows)
+    torch.testing.assert_close(critic.first(obs, actions), both[0])
+    for q, network in zip(both, starts, strict=True):
+        torch.testing.assert_close(q, network(torch.cat([obs, actions], dim=2)).squeeze(2))
+    # one half's gradient stays its own
+    both[0].sum().backward()
+    first, second = (p.grad for half in twins(_Holder(critic)) for p in (half.network[0].weight,))
+    assert first.abs().max() > 0 and (second == 0).all()
+
+
+class _Holder:
+    def __init__(self, qf):
+        self.qf = qf
+
+
+@pytest.mark.parametrize("script", WITH_OTC)
+def test_the_draw_is_that_of_the_products_of_all_groups_at_once(script, monkeypatch):
+    """Values of 700 candidates and 800 references by the path for many rows, in float64, where no
+    rounding decides between neighbours."""
+    replay = Replay(random_team(2000), 2, 1, 900)
+    add_deployment(replay)
+    for name in ("obs", "next_obs", "actions", "rewards", "terminations"):
+        setattr(replay, name, getattr(replay, name).double())
+    torch.manual_seed(0)
+    agent, _ = make(script, 4, candidates=700, references=800, sampling="otc", distance="value")
+    agent = agent.double()
+    if script in WITH_SCALES:
+        set_scales(agent)
+    agent.args.batch_size = 128
+    strategy = strategies.make(replay, agent.args, importlib.import_module(script).OTC)
+    drawn = []
+    for forward in (Stack.forward, torch.nn.Sequential.forward):
+        monkeypatch.setattr(Stack, "forward", forward)
+        torch.manual_seed(1)
+        drawn.append(torch.stack([strategy.draw(agent) for _ in range(3)]))
+    assert torch.equal(*drawn)
