@@ -284,7 +284,11 @@ class OTC(Strategy):
             self.alpha.copy_(alpha if args.alpha_max is None else alpha.clamp(max=args.alpha_max))
         usable = sampler.usable(distance)
         self.mean_distance.copy_(torch.where(usable, distance, self.mean_distance))
-        return {"otc/alpha": self.alpha, "otc/transition_distance": self.mean_distance}
+        return {
+            "otc/alpha": self.alpha,
+            "otc/transition_distance": self.mean_distance,
+            "otc/effective_sample_size": sampler.effective_sample_size(self.alpha, args.candidates),
+        }
 
     def draw(self, agent: Learner) -> torch.Tensor:
         """(G, batch_size) indices of the transitions of one update."""
@@ -331,10 +335,6 @@ class OTC(Strategy):
         else:
             v_next, v_star = sampler.relative_to_mean(torch.stack([v_next, v_star]), is_end)
         return sampler.rank_at_random((v_next - v_star).abs(), is_end)
-
-    def diagnostics(self, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        size = sampler.effective_sample_size(self.alpha, self.args.candidates)
-        return super().diagnostics(index) | {"otc/effective_sample_size": size}
 
 
 # --- Main: Algorithm 1 ---

@@ -203,7 +203,17 @@ class DynamicsEnsemble(nn.Module):
         rows = first + members
         weights = {name: p.index_select(0, rows) for name, p in self.network.named_parameters()}
         x = torch.cat([self.scaled(obs), actions], dim=2)
-        output = torch.func.functional_call(self.network, weights, x)
+        return self.expected(obs, torch.func.functional_call(self.network, weights, x))
+
+    def predict_all(self, obs: torch.Tensor, actions: torch.Tensor):
+        """What every member expects, one member's (G, batch) after another's."""
+        x = torch.cat([self.scaled(obs), actions], dim=2)
+        output = self.network(x.repeat_interleave(self.num_models, dim=0))
+        output = output.unflatten(0, (-1, self.num_models)).flatten(1, 2)
+        return self.expected(obs.repeat(1, self.num_models, 1), output)
+
+    def expected(self, obs: torch.Tensor, output: torch.Tensor):
+        """What outputs of the network say of transitions from `obs`."""
         next_obs = obs + self.delta_mean + self.delta_std * output[..., :-2]
         rewards = self.reward_mean + self.reward_std * output[..., -2]
         return (
@@ -456,13 +466,10 @@ class BREMEN(Learner):
     @torch.no_grad()
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q(s, a_i), the mean over members of the reward and the value they expect: (G, batch)."""
-        q = 0
-        for m in range(self.args.num_models):
-            members = torch.full((len(obs),), m, device=obs.device)
-            next_obs, rewards, p_end = self.model.predict(obs, actions, members)
-            goes_on = 1 - p_end if self.args.termination == "learned" else 1
-            q = q + rewards + self.args.gamma * goes_on * self.value(next_obs)
-        return q / self.args.num_models
+        next_obs, rewards, p_end = self.model.predict_all(obs, actions)
+        goes_on = 1 - p_end if self.args.termination == "learned" else 1
+        q = rewards + self.args.gamma * goes_on * self.value(next_obs)
+        return q.unflatten(1, (self.args.num_models, -1)).mean(1)
 
     @torch.no_grad()
     def value(self, obs: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from benchmarks import (
     plot_run,
     scalars,
     speed,
+    turns,
     value_actions,
 )
 from common import cli
@@ -41,6 +42,36 @@ def test_speed_times_every_strategy_and_shares_out_the_time(monkeypatch, tmp_pat
         assert min(shares[key] for key in ("draw", "forward", "match", "rank", "learner")) > 0
     assert record["exact_match_s"] == {"value": 0.25, "embedding": 0.25}
     assert "| otc_cql_discrete | 1 | eager | otc (value) |" in capsys.readouterr().out
+
+
+def test_a_time_says_on_what_and_what_else_ran_there():
+    what = speed.machine(torch.device("cpu"))
+    names = {"cpu", "family", "model", "flags", "vectors", "caches", "cores", "load", "commit"}
+    assert names < what.keys() and what["cores"] >= 1 and what["load"] >= 0
+    line = speed.introduction("some-data", what)
+    assert line.startswith(f"some-data, cpu {what['cpu']}") and "flags" not in line
+    if Path("/sys/devices/system/cpu/cpu0/cache").exists():
+        assert "L1 Data" in what["caches"]
+
+
+def test_two_checkouts_are_timed_in_turn(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    class Fake:
+        def __init__(self, folder):
+            self.slow = 2.0 if folder == Path("before") else 1.0
+
+        def seconds(self, script, num_seeds, updates, strategy):
+            asked.append((self.slow, script, num_seeds, strategy))
+            return self.slow * updates / 1e3
+
+    monkeypatch.setattr(turns, "Checkout", Fake)
+    out = tmp_path / "turns.json"
+    turns.main(turns.Args(Path("before"), ("otc_bcq",), ("uniform",), (5,), 3, 0.01, json=str(out)))
+    assert [each[0] for each in asked[-6:]] == [2.0, 1.0] * 3
+    (row,) = json.loads(out.read_text())["ms"]
+    assert row["before"] == pytest.approx([2.0] * 3) and row["now"] == pytest.approx([1.0] * 3)
+    assert "| otc_bcq | 5 | uniform | 2.0 | 1.0 | 0.50 | 0.50 to 0.50 |" in capsys.readouterr().out
 
 
 def fake_run(folder, script, seed, returns, **args):

@@ -100,9 +100,9 @@ def test_a_run_of_two_seeds_writes_what_it_should(
             assert list(logged[tag]) == (updates[:6] if tag in of_embedding else updates), tag
         assert list(logged["otc/value_mean_agent_1"]) == updates
         drawn = {"otc/unique_fraction", "otc/online_fraction"}
-        drawn |= {"otc/effective_sample_size"} if otc else set()
         assert all(list(logged[tag]) == updates[6:] for tag in drawn)
         alphas = {"otc/alpha_agent_0", "otc/transition_distance_agent_1"}
+        alphas |= {"otc/effective_sample_size_agent_0"}
         assert alphas <= set(logged) if otc else not alphas & set(logged)
         assert list(logged["offline/episodic_return"]) == [30, 60]
         returns = [float(row["mean_return"]) for row in rows]
