@@ -108,7 +108,7 @@ class ActionValues(nn.Module):
 
     def forward(self, obs):
         """(2, G, batch, action_dim)"""
-        return self.network(obs.repeat(2, 1, 1)).unflatten(0, (2, -1))
+        return self.network(obs.expand(2, -1, -1, -1)).unflatten(0, (2, -1))
 
 
 # --- Learner ---

@@ -44,14 +44,16 @@ class Stack(nn.Sequential):
     """`Linear`s with ReLU between them."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not x.is_cpu or x.shape[1] < 512:
-            return super().forward(x)
+        """(G, batch, in) -> (G, batch, out); of twins (2, G, batch, in) -> (2 G, batch, out)."""
+        if not x.is_cpu or x.shape[-2] < 512:
+            return super().forward(x if x.dim() == 3 else x.flatten(0, 1))
         # Many rows on a CPU: group by group, whose numbers the cache holds from layer to layer
         layers = [layer for layer in self if isinstance(layer, Linear)]
         weights = zip(*(layer.weight for layer in layers), strict=True)
         biases = zip(*(layer.bias for layer in layers), strict=True)
+        inputs = x if x.dim() == 3 else [each for part in x for each in part]  # copies nothing
         outputs = []
-        for h, (*hidden, last), (*shifts, shift) in zip(x, weights, biases, strict=False):
+        for h, (*hidden, last), (*shifts, shift) in zip(inputs, weights, biases, strict=False):
             for weight, bias in zip(hidden, shifts, strict=True):
                 h = torch.mm(h, weight).add_(bias).relu_()
             if last.shape[1] == 1:

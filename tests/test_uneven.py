@@ -107,6 +107,13 @@ def test_weights_of_the_padding_do_not_matter(script, flags):
         assert torch.equal(*(x if place is None else x * ~place for x in (one, other)))
 
 
+def by_group(name, parameter, num_groups=2):
+    """(num_groups, ...), the groups' own parts of a stack: of twins, one network after another."""
+    if name.startswith(("qf.", "target_qf.")):
+        return parameter.unflatten(0, (-1, num_groups)).transpose(0, 1)
+    return parameter.unflatten(0, (num_groups, -1))
+
+
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in CENTRAL])
 def test_another_agents_observations_do_not_matter_bit_for_bit(script):
     """Nor their scale: agent 1's are a thousand times as large in one of two runs."""
@@ -123,7 +130,7 @@ def test_another_agents_observations_do_not_matter_bit_for_bit(script):
             agent.measure_scales(replay)
         for number in range(1, 21):
             update_number(agent, replay.gather(replay.draw_offline(16)), number, kind_of)
-        trained.append([p.detach().unflatten(0, (2, -1)) for p in agent.parameters()])
+        trained.append([by_group(name, p.detach()) for name, p in agent.named_parameters()])
     for one, other in zip(*trained, strict=True):
         assert torch.equal(one[0], other[0])
     assert any(not torch.equal(one[1], other[1]) for one, other in zip(*trained, strict=True))
@@ -174,8 +181,8 @@ def test_the_entropys_target_is_that_of_the_own_joints(monkeypatch, entropy, gro
     agent, _ = make("otc_cql", 2)
     agent.take_own(replay)
 
-    def sample(obs, num=1):
-        actions = torch.tanh(agent.actor(obs)[0]).unsqueeze(2).expand(-1, -1, num, -1)
+    def sample(mean, log_std, num=1):
+        actions = torch.tanh(mean).unsqueeze(2).expand(-1, -1, num, -1)
         of_each = torch.tensor([entropy, 2 * entropy]).view(2, 1, 1)
         return actions, -of_each.expand(actions.shape[:3])
 
