@@ -21,6 +21,11 @@ from tests.helpers import (
 )
 
 
+def at_once(stack, x):
+    """A stack's output by the products of all groups at once."""
+    return torch.nn.Sequential.forward(stack, x if x.dim() == 3 else x.flatten(0, 1))
+
+
 @pytest.mark.parametrize("out_features", [1, 3])
 def test_many_rows_give_what_few_give_and_the_same_gradients(out_features, monkeypatch):
     """A CPU's path for many rows, group by group, and the products of all groups at once."""
@@ -28,7 +33,7 @@ def test_many_rows_give_what_few_give_and_the_same_gradients(out_features, monke
     network, x = mlp(3, 4, 16, out_features).double(), torch.randn(3, 700, 4).double()
     x.requires_grad_()
     found = []
-    for forward in (Stack.forward, torch.nn.Sequential.forward):
+    for forward in (Stack.forward, at_once):
         monkeypatch.setattr(Stack, "forward", forward)
         y = network(x)
         gradients = torch.autograd.grad(y.square().sum(), [x, *network.parameters()])
@@ -36,6 +41,9 @@ def test_many_rows_give_what_few_give_and_the_same_gradients(out_features, monke
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     assert found[0][0].shape == (3, 700, out_features)
+    torch.testing.assert_close(
+        Stack.forward(network, x[:1].expand(3, 1, -1, -1)), at_once(network, x[:1].repeat(3, 1, 1))
+    )
     for g in range(3):
         by_hand = plain_mlp(network, x[g, 5].detach().numpy(), g)
         np.testing.assert_allclose(found[0][0][g, 5].detach().numpy(), by_hand, rtol=1e-10)
@@ -80,7 +88,7 @@ def test_the_draw_is_that_of_the_products_of_all_groups_at_once(script, monkeypa
     agent.args.batch_size = 128
     strategy = strategies.make(replay, agent.args, importlib.import_module(script).OTC)
     drawn = []
-    for forward in (Stack.forward, torch.nn.Sequential.forward):
+    for forward in (Stack.forward, at_once):
         monkeypatch.setattr(Stack, "forward", forward)
         torch.manual_seed(1)
         drawn.append(torch.stack([strategy.draw(agent) for _ in range(3)]))
