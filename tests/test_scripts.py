@@ -59,7 +59,7 @@ RUNS += [(script, ["--sampling", "uniform"]) for script in WITH_OTC]
 STEPS = {
     "otc_bcq": [100, 100, 100],
     "otc_awac": [100, 100],
-    "otc_cql": [100, 100, 100, 0],
+    "otc_cql": [100, 100, 0],
     "otc_td3bc": [100, 20 + 6 + 6],
     "otc_bremen": [100, 40 + (2 + 2 + 2) * 3, 40],
     "omar": [100, 100],
