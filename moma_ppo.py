@@ -37,9 +37,11 @@ from common.nets import (
     keep_own,
     legal_actions,
     mlp,
+    of_each,
     step,
 )
 from common.replay import Replay
+from common.world_model import WorldModel
 
 
 @dataclass
@@ -142,136 +144,7 @@ class Args(OfflineArgs):
 
 # --- Networks ---
 # Every tensor starts with the group dimension G: g = seed_index * num_agents + agent; what a team
-# has once, with S.
-
-
-class WorldModel(nn.Module):
-    """Members from (joint observation, joint action) to Gaussians of its change and of the reward,
-    and the logit of going on; row s * num_models + m is member m of seed s.
-
-    Entries of the joint observation that copy an earlier one, or never change, are not predicted.
-    """
-
-    def __init__(self, S: int, state_dim: int, action_dim: int, args: Args):
-        super().__init__()
-        self.args, rows = args, S * args.num_models
-        sizes = [state_dim + action_dim, *[args.model_hidden_size] * args.model_layers]
-        layers = []
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
-            layers += [Linear(rows, fan_in, fan_out), nn.ReLU(inplace=True)]
-        self.network = nn.Sequential(*layers, Linear(rows, sizes[-1], 2 * (state_dim + 1) + 1))
-        self.register_buffer("mean", torch.zeros(state_dim))
-        self.register_buffer("std", torch.ones(state_dim))
-        # Of the changes of state and the reward behind them: scales, which are predicted; the box
-        self.register_buffer("change_mean", torch.zeros(state_dim + 1))
-        self.register_buffer("change_std", torch.ones(state_dim + 1))
-        self.register_buffer("predicted", torch.ones(state_dim + 1))
-        self.register_buffer("low", torch.full((state_dim + 1,), -torch.inf))
-        self.register_buffer("high", torch.full((state_dim + 1,), torch.inf))
-        self.register_buffer("source", torch.arange(state_dim))  # the entry that each one copies
-        self.register_buffer("elites", torch.arange(args.num_elites).repeat(S, 1))
-        self.register_buffer("threshold", torch.full((S, 1), args.uncertainty_threshold or 2.0))
-
-    def measure(self, replay: Replay) -> None:
-        """Scales, box and copies, by the offline data."""
-        n = replay.num_offline
-        obs, next_obs, rewards = replay.obs[:, :n], replay.next_obs[:, :n], replay.rewards[:, :n]
-        change, views = next_obs - obs, len(obs)  # of all agents, or one that all have
-
-        def of_state(x: torch.Tensor) -> torch.Tensor:
-            return x.flatten().repeat(replay.num_agents // views)
-
-        low = of_state(torch.minimum(obs.amin(1), next_obs.amin(1)))
-        high = of_state(torch.maximum(obs.amax(1), next_obs.amax(1)))
-        self.mean.copy_(of_state(obs.mean(1)))
-        self.std.copy_(of_state(obs.std(1, correction=0)) + 1e-3)
-        self.change_mean.copy_(torch.cat([of_state(change.mean(1)), rewards.mean(1)]))
-        stds = of_state(change.std(1, correction=0)), rewards.std(1, correction=0)
-        self.change_std.copy_(torch.cat(stds) + 1e-3)
-        self.low.copy_(torch.cat([low, rewards.amin(1)]))
-        self.high.copy_(torch.cat([high, rewards.amax(1)]))
-        self.source.copy_(of_state(first_copies(obs, next_obs).to(obs.device)))
-        is_first = self.source == torch.arange(len(self.source), device=obs.device)
-        self.predicted[:-1] = (is_first & (high > low)).float()
-
-    def forward(self, state, actions, network=None):
-        """Mean and log-std in (-6, 2) of the standardised changes and reward, and the logit: (rows,
-        batch, state_dim), (rows, batch, action_dim) -> (rows, batch, state_dim + 1) twice, (rows,
-        batch)."""
-        scaled = (state - self.mean) / self.std * self.predicted[:-1]
-        output = (network or self.network)(torch.cat([scaled, actions], dim=2))
-        mean, raw_log_std = output[..., :-1].chunk(2, dim=2)
-        return mean, 8 * torch.sigmoid(raw_log_std) - 6, output[..., -1]
-
-    def losses(self, state, actions, next_state, rewards, terminations) -> tuple:
-        """Negative log-likelihood of the changes, weighted by variance^beta (Seitzer et al., 2022,
-        https://arxiv.org/abs/2203.09168), without its constant and averaged over the entries,
-        likewise of the reward, and cross-entropy of going on: (rows, batch, dim) and (rows, batch)
-        -> (rows,) each."""
-        mean, log_std, logit = self(state, actions)
-        target = torch.cat([next_state - state, rewards.unsqueeze(2)], dim=2)
-        target = (target - self.change_mean) / self.change_std
-        nll = log_std + 0.5 * ((target - mean) * (-log_std).exp()).square()
-        nll = nll * (2 * self.args.model_beta * log_std.detach()).exp()
-        nll, reward_nll = (nll * self.predicted).split([nll.shape[2] - 1, 1], dim=2)
-        count = self.predicted[:-1].sum().clamp(min=1)
-        bce = F.binary_cross_entropy_with_logits(logit, 1 - terminations, reduction="none")
-        return nll.sum(2).mean(1) / count, reward_nll.mean((1, 2)), bce.mean(1)
-
-    def expect(self, state, actions, members: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """What members (S, E) expect of (S, batch, dim), in the data's units: mean and variance of
-        changes and reward (S, E, batch, state_dim + 1), probability of going on (S, E, batch)."""
-        S, E = members.shape
-        rows = torch.arange(S, device=state.device).unsqueeze(1) * self.args.num_models + members
-        rows = rows.flatten()
-        weights = {name: p.index_select(0, rows) for name, p in self.network.named_parameters()}
-
-        def network(x):
-            return torch.func.functional_call(self.network, weights, x)
-
-        inputs = (x.repeat_interleave(E, dim=0) for x in (state, actions))
-        mean, log_std, logit = self(*inputs, network)
-        mean = self.predicted * (self.change_mean + self.change_std * mean)
-        variance = self.predicted * (self.change_std * log_std.exp()).square()
-        return tuple(x.unflatten(0, (S, E)) for x in (mean, variance, torch.sigmoid(logit)))
-
-    def step(self, state, actions) -> tuple[torch.Tensor, ...]:
-        """One imagined step, by a random elite per transition: (S, batch, dim) -> the next state in
-        the box (S, batch, state_dim), the penalised reward, whether it goes on, and the norm of the
-        elites' covariance, (S, batch) each; and the penalty."""
-        args, (S, batch) = self.args, state.shape[:2]
-        mean, variance, goes_on = self.expect(state, actions, self.elites)
-        uncertainty = covariance_norm(mean)
-        pick = torch.randint(args.num_elites, (S, batch), device=state.device).unsqueeze(1)
-        chosen = mean.take_along_dim(pick.unsqueeze(3), dim=1).squeeze(1)
-        following = torch.cat([state, torch.zeros_like(state[..., :1])], dim=2) + chosen
-        if args.box:
-            following = torch.clamp(following, self.low, self.high)
-        terms = (
-            (args.uncertainty_penalty, uncertainty),
-            (args.reward_penalty, mean[..., -1].var(1)),
-            (args.aleatoric_penalty, variance.norm(dim=3).amax(1)),
-        )
-        penalty = sum(weight * torch.minimum(term, self.threshold) for weight, term in terms)
-        goes_on = goes_on.take_along_dim(pick, dim=1).squeeze(1) > 0.5
-        next_state = following[..., :-1].index_select(2, self.source)
-        return next_state, following[..., -1] - penalty, goes_on.float(), uncertainty, penalty
-
-
-def first_copies(obs: torch.Tensor, next_obs: torch.Tensor) -> torch.Tensor:
-    """Of every entry of observations (views, n, obs_dim), counted over all views, the first one
-    that is equal to it in all of the data: (views, obs_dim)."""
-    columns = [
-        (o[:, j], o2[:, j]) for o, o2 in zip(obs, next_obs, strict=True) for j in range(o.shape[1])
-    ]
-    first: list[int] = []
-
-    def same(i: int, k: int) -> bool:
-        return all(torch.equal(a, b) for a, b in zip(columns[i], columns[k], strict=True))
-
-    for k in range(len(columns)):
-        first.append(next((i for i in range(k) if first[i] == i and same(i, k)), k))
-    return torch.tensor(first).view(len(obs), -1)
+# has once, with S. The world model is common.world_model.WorldModel.
 
 
 def covariance_norm(x: torch.Tensor) -> torch.Tensor:
@@ -338,7 +211,10 @@ class MOMAPPO(Learner):
         S = args.num_seeds
         self.args, self.num_agents, self.action_dim = args, G // S, action_dim
         N, size = G // S, args.memory_size if args.history else 0
-        self.model = WorldModel(S, N * obs_dim, N * action_dim, args)
+        sizes = args.num_models, args.model_hidden_size, args.model_layers, args.model_beta
+        self.model = WorldModel(S, N, obs_dim, action_dim, *sizes)
+        self.register_buffer("elites", torch.arange(args.num_elites).repeat(S, 1))
+        self.register_buffer("threshold", torch.full((S, 1), args.uncertainty_threshold or 2.0))
         policy = BoxlessSoftmaxPolicy if discrete else LinearGaussianPolicy
         self.actor = policy(G, size + obs_dim, action_dim, args.hidden_size)
         with torch.no_grad():  # little depends on the state at first
@@ -355,25 +231,17 @@ class MOMAPPO(Learner):
         self.model_optimizer = adam(self.model.parameters(), args.model_learning_rate)
         self.optimizers = [self.model_optimizer, self.policy_optimizer]
         self.register_buffer("alpha", torch.zeros(S))  # weight of the entropy
-        # What was last measured, since not every kind of update measures everything
-        self.latest = ("model_loss", "reward_loss", "continuation_loss", "model_error")
-        self.latest += ("uncertainty_50", "uncertainty_95", "uncertainty_99")
-        self.latest += ("imagined_reward", "penalty", "cut_share", "actor_loss", "vf_loss")
-        self.latest += ("entropy", "entropy_weight", "clip_share")
-        for name in self.latest:
-            self.register_buffer(name, torch.zeros(S))
+        self.keep_measured(
+            *("model_loss", "reward_loss", "continuation_loss", "model_error"),
+            *("uncertainty_50", "uncertainty_95", "uncertainty_99"),
+            *("imagined_reward", "penalty", "cut_share", "actor_loss", "vf_loss"),
+            *("entropy", "entropy_weight", "clip_share"),
+        )
 
     def measure_scales(self, replay: Replay) -> None:
         """Take the scales of the offline data, and the world model's box."""
         super().measure_scales(replay)
         self.model.measure(replay)
-
-    def report(self, **measured: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Keep what was measured, (S,) each, and return it, (G,), with what was before."""
-        for name, value in measured.items():
-            getattr(self, name).copy_(value.detach())
-        N = self.num_agents
-        return {f"losses/{n}": getattr(self, n).repeat_interleave(N) for n in self.latest}
 
     def kind(self, number: int, offline: bool) -> str:
         """What update `number` does: the name of a method."""
@@ -386,48 +254,59 @@ class MOMAPPO(Learner):
 
     # The world model
 
-    def transitions(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """The team's joint observations, actions and next observations (S, n, N * dim), rewards and
-        terminations (S, n)."""
-        N = self.num_agents
-        columns = (joint(batch[name], N) for name in ("obs", "actions", "next_obs"))
-        return *columns, batch["rewards"][::N], batch["terminations"][::N]
-
     def fit(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One step of every member on its own part of a batch."""
-        args, members = self.args, self.args.num_models
-        rows = (x.unflatten(1, (members, -1)).flatten(0, 1) for x in self.transitions(batch))
-        losses = self.model.losses(*rows)  # (S * num_models,) each
-        clip = args.num_seeds * members, args.max_grad_norm
+        losses = self.model.losses(batch)  # (S, num_models) each
+        clip = losses[0].numel(), self.args.max_grad_norm
         step(self.model_optimizer, sum(losses), clip)
-        names = ("model_loss", "reward_loss", "continuation_loss")
-        means = (loss.unflatten(0, (-1, members)).mean(1) for loss in losses)
-        return self.report(**dict(zip(names, means, strict=True)))
+        model_loss, reward_loss, continuation_loss = (loss.mean(1) for loss in losses)
+        return self.report(
+            model_loss=model_loss, reward_loss=reward_loss, continuation_loss=continuation_loss
+        )
 
     @torch.no_grad()
     def rank(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Choose the elites by their distance from the next states and rewards of a batch that no
         member was fitted to, and the threshold by how much they disagree there."""
         args, model = self.args, self.model
-        state, actions, next_state, rewards, _ = self.transitions(batch)
-        everyone = torch.arange(args.num_models, device=state.device).repeat(len(state), 1)
-        mean, _, _ = model.expect(state, actions, everyone)
-        target = torch.cat([next_state - state, rewards.unsqueeze(2)], dim=2).unsqueeze(1)
-        error = model.predicted * (mean - target)  # (S, num_models, n, state_dim + 1)
+        state, actions, outcome, _ = model.transitions(batch)
+        mean, _, _ = model.expect(state, actions, model.everyone)
+        error = model.predicted * (mean - outcome.unsqueeze(1))  # (S, num_models, n, state_dim + 1)
         distance = error[..., :-1].norm(dim=3).mean(2) + error[..., -1].abs().mean(2)
-        elites = distance.topk(args.num_elites, dim=1, largest=False).indices
-        model.elites.copy_(elites)
-        chosen = mean.take_along_dim(elites[..., None, None], dim=1)
-        uncertainty = covariance_norm(chosen)  # (S, n)
+        self.elites.copy_(distance.topk(args.num_elites, dim=1, largest=False).indices)
+        of_elites = self.elites[..., None, None]
+        uncertainty = covariance_norm(mean.take_along_dim(of_elites, dim=1))  # (S, n)
         quantiles = [uncertainty.quantile(q, dim=1) for q in (0.5, 0.95, 0.99)]  # (S,) each
         if args.uncertainty_threshold is None:
-            model.threshold.copy_(quantiles[2].clamp(min=2).unsqueeze(1))
+            self.threshold.copy_(quantiles[2].clamp(min=2).unsqueeze(1))
         # Root mean square error of the elites' mean, in standard deviations of the changes
-        relative = model.predicted * (chosen.mean(1) - target.squeeze(1)) / model.change_std
-        names = ("uncertainty_50", "uncertainty_95", "uncertainty_99")
+        relative = error.take_along_dim(of_elites, dim=1).mean(1) / model.change_std
         count = model.predicted.sum() * relative.shape[1]
-        model_error = (relative.square().sum((1, 2)) / count).sqrt()
-        return self.report(model_error=model_error, **dict(zip(names, quantiles, strict=True)))
+        return self.report(
+            model_error=(relative.square().sum((1, 2)) / count).sqrt(),
+            uncertainty_50=quantiles[0],
+            uncertainty_95=quantiles[1],
+            uncertainty_99=quantiles[2],
+        )
+
+    def imagined_step(self, state, actions) -> tuple[torch.Tensor, ...]:
+        """One step in the model, by a random elite per transition: (S, batch, dim) -> the next
+        state in the box (S, batch, state_dim), the penalised reward, whether it goes on, the norm
+        of the elites' covariance and the penalty, (S, batch) each."""
+        args, (S, batch) = self.args, state.shape[:2]
+        mean, variance, goes_on = self.model.expect(state, actions, self.elites)
+        uncertainty = covariance_norm(mean)
+        terms = (
+            (args.uncertainty_penalty, uncertainty),
+            (args.reward_penalty, mean[..., -1].var(1)),
+            (args.aleatoric_penalty, variance.norm(dim=3).amax(1)),
+        )
+        penalty = sum(weight * torch.minimum(term, self.threshold) for weight, term in terms)
+        picked = torch.randint(args.num_elites, (S, batch), device=state.device).unsqueeze(1)
+        outcome = mean.take_along_dim(picked.unsqueeze(3), dim=1).squeeze(1)
+        next_state, reward = self.model.following(state, outcome, args.box)
+        goes_on = (goes_on.take_along_dim(picked, dim=1).squeeze(1) > 0.5).float()
+        return next_state, reward - penalty, goes_on, uncertainty, penalty
 
     # The policies
 
@@ -465,12 +344,12 @@ class MOMAPPO(Learner):
             obs, legal = self.scaled(raw_obs), legal_actions(raw_obs, self.action_dim)
             actions = self.actor.sample(self.features(frames, obs), legal)
             played = actions.clamp(-1, 1)
-            following = self.model.step(joint(raw_obs, N), joint(played, N))
+            following = self.imagined_step(joint(raw_obs, N), joint(played, N))
             next_state, rewards, goes_on, uncertainty, penalty = following
-            next_raw = next_state.unflatten(2, (N, -1)).transpose(1, 2).flatten(0, 1)
+            next_raw = of_each(next_state, N)
             is_cut = torch.full_like(rewards, float(t == T - 1))
             if args.early_termination:
-                is_cut = torch.maximum(is_cut, (uncertainty > self.model.threshold).float())
+                is_cut = torch.maximum(is_cut, (uncertainty > self.threshold).float())
             next_frames = push(frames, obs, played)
             row = {"raw_obs": raw_obs, "obs": obs, "next_obs": self.scaled(next_raw)}
             row |= {"frames": frames, "next_frames": next_frames, "actions": actions}
@@ -509,16 +388,7 @@ class MOMAPPO(Learner):
             rows["returns"], rows["values"] = returns.flatten(1), values
             log_prob = self.actor.log_prob(features, rows["actions"], rows["legal"])
             rows["log_prob"] = log_prob.unflatten(0, (-1, N)).sum(1)  # the team's, (S, n)
-        needed = (
-            "obs",
-            "frames",
-            "actions",
-            "legal",
-            "advantages",
-            "returns",
-            "values",
-            "log_prob",
-        )
+        needed = "obs frames actions legal advantages returns values log_prob".split()
         rows = {name: rows[name] for name in needed}
 
         n = values.shape[1]

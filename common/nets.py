@@ -37,6 +37,11 @@ def joint(x: torch.Tensor, num_agents: int) -> torch.Tensor:
     return x.unflatten(0, (-1, num_agents)).transpose(1, 2).flatten(2)
 
 
+def of_each(x: torch.Tensor, num_agents: int) -> torch.Tensor:
+    """The inverse of `joint`."""
+    return x.unflatten(2, (num_agents, -1)).transpose(1, 2).flatten(0, 1)
+
+
 def mlp(num_groups: int, in_features: int, hidden_size: int, out_features: int) -> nn.Sequential:
     """Two hidden layers with ReLU."""
     return nn.Sequential(
@@ -235,6 +240,19 @@ class Learner(nn.Module):
     def scaled(self, obs: torch.Tensor) -> torch.Tensor:
         """Observations as the networks see them: (G, batch, obs_dim)."""
         return (obs - self.obs_mean) / self.obs_std
+
+    def keep_measured(self, *names: str) -> None:
+        """Where no update measures everything: what `report` is to keep."""
+        self.names = names
+        self.register_buffer("measured", torch.zeros(len(names), len(self.obs_mean)))
+
+    def report(self, **measured: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Keep what an update measured, of each group or each team, and return everything as last
+        measured, (G,) each."""
+        for name, value in measured.items():
+            row = self.measured[self.names.index(name)]
+            row.copy_(value.detach().repeat_interleave(len(row) // len(value)))
+        return {f"losses/{n}": x for n, x in zip(self.names, self.measured, strict=True)}
 
     def get_extra_state(self):
         """The optimisers' states, so that `state_dict` holds the whole learner."""

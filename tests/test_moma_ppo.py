@@ -11,15 +11,8 @@ from common.datasets import load
 from common.datasets.team import TeamDataset
 from common.nets import joint
 from common.replay import Replay
-from moma_ppo import (
-    MOMAPPO,
-    Args,
-    WorldModel,
-    advantages_and_returns,
-    covariance_norm,
-    first_copies,
-    push,
-)
+from common.world_model import first_copies
+from moma_ppo import MOMAPPO, Args, advantages_and_returns, covariance_norm, push
 from tests.helpers import Watch, plain_mlp, random_team, run
 from tests.test_learners import addresses
 from tests.tiny_task import ENV
@@ -111,7 +104,7 @@ def test_the_loss_is_the_gaussians_and_bernoullis(beta):
     replay = Replay(random_team(num_agents=2), 1, 0, 1)
     agent.measure_scales(replay)
     batch = {k: v.double() for k, v in replay.gather_teams(replay.draw_teams(12)).items()}
-    found = model.losses(*(x.unflatten(1, (3, -1)).flatten(0, 1) for x in agent.transitions(batch)))
+    found = model.losses(batch)
     assert model.predicted.tolist() == [1.0] * 5 + [0.0] * 5 + [1.0]  # both see the same
     for m in range(3):
         nlls, reward_nlls, crosses = [], [], []
@@ -131,7 +124,7 @@ def test_the_loss_is_the_gaussians_and_bernoullis(beta):
             end = batch["terminations"][0, b].item()
             crosses.append(np.log1p(np.exp(-out[22])) + end * out[22])
         for values, loss in zip((nlls, reward_nlls, crosses), found, strict=True):
-            assert loss[m].item() == pytest.approx(np.mean(values), rel=1e-6)
+            assert loss[0, m].item() == pytest.approx(np.mean(values), rel=1e-6)
 
 
 def test_copies_and_constants_are_found():
@@ -187,7 +180,7 @@ def test_states_and_rewards_stay_in_the_box_and_penalties_come_after():
     for coefficients in ((0.1, 0.05, 0.0), (1.0, 0.0, 0.0), (0.0, 2.0, 0.5)):
         agent.args.uncertainty_penalty, agent.args.reward_penalty = coefficients[:2]
         agent.args.aleatoric_penalty = coefficients[2]
-        following, reward, goes_on, uncertainty, penalty = model.step(state, actions)
+        following, reward, goes_on, uncertainty, penalty = agent.imagined_step(state, actions)
         assert following[0, 0].tolist() == [1.0, -2.0] and goes_on.all()
         # covariance: 3 for the reward alone; its variance 3; both at most 2, and so is |(9, 9, 9)|
         np.testing.assert_allclose(uncertainty, 3.0, rtol=0.05)
@@ -195,7 +188,7 @@ def test_states_and_rewards_stay_in_the_box_and_penalties_come_after():
         np.testing.assert_allclose(penalty, expected, rtol=1e-5)
         np.testing.assert_allclose(reward, 3.0 - expected, rtol=1e-5)
     agent.args.box = False
-    assert model.step(state, actions)[0].abs().min() > 1e5
+    assert agent.imagined_step(state, actions)[0].abs().min() > 1e5
 
 
 def test_copies_of_an_entry_move_together_and_constants_stay():
@@ -209,8 +202,8 @@ def test_copies_of_an_entry_move_together_and_constants_stay():
     assert agent.model.source.tolist() == [0, 1, 2, 3, 4, 4, 6, 2, 8, 4]
     assert agent.model.predicted.tolist() == [1, 1, 1, 1, 1, 0, 0, 0, 1, 0, 1]
     batch = replay.gather_teams(replay.draw_teams(20))
-    state, actions, *_ = agent.transitions(batch)
-    following = agent.model.step(state, actions)[0][0]
+    state, actions, *_ = agent.model.transitions(batch)
+    following = agent.imagined_step(state, actions)[0][0]
     assert (following[:, 6] == 5).all() and torch.equal(following[:, 5], following[:, 4])
     assert torch.equal(following[:, 7], following[:, 2]) and (following != state[0]).any()
 
@@ -570,9 +563,9 @@ def test_the_members_parts_and_ranking():
     zeros = torch.zeros(2, 10, 1)
     batch = {"obs": zeros, "next_obs": zeros, "actions": zeros}
     losses = agent.rank(batch | {"rewards": zeros[..., 0], "terminations": zeros[..., 0]})
-    assert sorted(agent.model.elites[0].tolist()) == [1, 2]
+    assert sorted(agent.elites[0].tolist()) == [1, 2]
     assert losses["losses/uncertainty_99"][0].item() == pytest.approx(4.5)
-    assert agent.model.threshold.item() == pytest.approx(4.5)
+    assert agent.threshold.item() == pytest.approx(4.5)
 
 
 @pytest.mark.parametrize("quality", ["unfavourable", "neutral"])
@@ -597,7 +590,7 @@ def test_agents_that_meet_in_the_model_coordinate(quality):
         agent.improve(replay.gather_teams(index) | {"history": history})
     chosen = agent.act(torch.ones(4, 1, 3)).argmax(2).view(2, 2)
     assert (chosen[:, 0] == chosen[:, 1]).all()
-    assert agent.imagined_reward.min() > 0.9
+    assert agent.report()["losses/imagined_reward"].min() > 0.9
 
 
 BAD = {
@@ -623,4 +616,3 @@ def test_bad_input_is_said_in_a_line(monkeypatch, capsys, data, name):
 
 def test_help_names_what_is_published():
     assert "published 1024" in cli.described(Args)["model_hidden_size"][1]
-    assert WorldModel.__doc__
