@@ -137,56 +137,36 @@ class Args(OnlineArgs):
 
 
 class DynamicsEnsemble(nn.Module):
-    """num_models deterministic networks per group, from (s, a_i) to the change of state, the reward
-    and the logit of termination; row g * num_models + m is member m of group g."""
+    """num_models deterministic networks per group, from scaled observation and action to the change
+    of the former, the reward and the logit of termination; row g * num_models + m is member m of
+    group g."""
 
-    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int, num_models: int):
+    def __init__(self, G: int, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.num_models, self.own_obs = num_models, None
-        self.network = mlp(G * num_models, obs_dim + action_dim, hidden_size, obs_dim + 2)
-        # Scales of the offline data, kept with the weights and applied to online data unchanged
-        for name in ("obs_mean", "delta_mean"):
-            self.register_buffer(name, torch.zeros(G, 1, obs_dim))
-        for name in ("obs_std", "delta_std"):
-            self.register_buffer(name, torch.ones(G, 1, obs_dim))
+        self.num_models, self.own_obs = args.num_models, None
+        self.terminates = args.termination == "learned"
+        sizes = obs_dim + action_dim, args.hidden_size, obs_dim + 2
+        self.network = mlp(G * args.num_models, *sizes)
+        # Of each agent's scaled offline data, kept with the weights and applied to online data
+        # unchanged: scales of changes and rewards, and the box that imagined states do not leave
+        self.register_buffer("delta_mean", torch.zeros(G, 1, obs_dim))
+        self.register_buffer("delta_std", torch.ones(G, 1, obs_dim))
         self.register_buffer("reward_mean", torch.zeros(()))
         self.register_buffer("reward_std", torch.ones(()))
-        # Bounding box of the data, which imagined states do not leave
-        self.register_buffer("obs_low", torch.full((G, 1, obs_dim), -torch.inf))
-        self.register_buffer("obs_high", torch.full((G, 1, obs_dim), torch.inf))
+        self.register_buffer("low", torch.full((G, 1, obs_dim), -torch.inf))
+        self.register_buffer("high", torch.full((G, 1, obs_dim), torch.inf))
 
-    def measure_scales(self, replay: Replay) -> None:
-        """Take the scales and the bounding box of each agent's offline data."""
-        self.own_obs = replay.own_obs
-        rewards = replay.rewards[0, : replay.num_offline]
-        for name, (mean, std) in (
-            ("obs", replay.obs_statistics()),
-            ("delta", replay.change_statistics()),
-            ("reward", (rewards.mean(), rewards.std(correction=0))),
-        ):
-            getattr(self, f"{name}_mean").copy_(mean)
-            getattr(self, f"{name}_std").copy_(std + 1e-3)
-        obs, next_obs = (x[:, : replay.num_offline] for x in (replay.obs, replay.next_obs))
-        low, high = torch.minimum(obs, next_obs), torch.maximum(obs, next_obs)
-        self.obs_low.copy_(replay.per_group(low.amin(1, keepdim=True)))
-        self.obs_high.copy_(replay.per_group(high.amax(1, keepdim=True)))
-
-    def scaled(self, obs: torch.Tensor) -> torch.Tensor:
-        """Observations as every network sees them."""
-        return (obs - self.obs_mean) / self.obs_std
-
-    def loss(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def loss(self, obs, actions, next_obs, rewards, terminations) -> tuple[torch.Tensor, ...]:
         """Squared errors of the scaled change of state and reward, cross-entropy of termination;
         (G, num_models) each. Members see the same batch and differ by their initialisation."""
-        obs, rewards = batch["obs"], batch["rewards"]
-        delta = (batch["next_obs"] - obs - self.delta_mean) / self.delta_std
+        delta = (next_obs - obs - self.delta_mean) / self.delta_std
         rewards = (rewards - self.reward_mean) / self.reward_std
-        x = torch.cat([self.scaled(obs), batch["actions"]], dim=2)
+        x = torch.cat([obs, actions], dim=2)
         output = self.network(x.repeat_interleave(self.num_models, dim=0))
         # (G, num_models, batch, obs_dim), and twice (G, num_models, batch)
         output = output.unflatten(0, (-1, self.num_models))
         output_delta, output_reward, logit = output[..., :-2], output[..., -2], output[..., -1]
-        terminations = batch["terminations"].unsqueeze(1).expand_as(logit)
+        terminations = terminations.unsqueeze(1).expand_as(logit)
         return (
             mean_over_own((output_delta - delta.unsqueeze(1)).square(), self.own_obs),
             (output_reward - rewards.unsqueeze(1)).square().mean(2),
@@ -196,21 +176,18 @@ class DynamicsEnsemble(nn.Module):
     def predict(self, obs: torch.Tensor, actions: torch.Tensor, members: torch.Tensor):
         """What member `members[g]` (G,) of each group g expects, and no other is evaluated.
 
-        Returns the next state (G, batch, obs_dim), the reward and the probability of termination
-        (G, batch).
+        Returns the next scaled observation (G, batch, obs_dim), the reward and the probability of
+        termination (G, batch).
         """
         first = torch.arange(0, len(self.network[0].weight), self.num_models, device=obs.device)
         rows = first + members
         weights = {name: p.index_select(0, rows) for name, p in self.network.named_parameters()}
-        x = torch.cat([self.scaled(obs), actions], dim=2)
+        x = torch.cat([obs, actions], dim=2)
         output = torch.func.functional_call(self.network, weights, x)
         next_obs = obs + self.delta_mean + self.delta_std * output[..., :-2]
         rewards = self.reward_mean + self.reward_std * output[..., -2]
-        return (
-            torch.clamp(next_obs, self.obs_low, self.obs_high),
-            rewards,
-            torch.sigmoid(output[..., -1]),
-        )
+        p_end = torch.sigmoid(output[..., -1]) * self.terminates
+        return torch.clamp(next_obs, self.low, self.high), rewards, p_end
 
 
 class GaussianActor(Actor):
@@ -223,8 +200,7 @@ class GaussianActor(Actor):
         super().__init__()
         self.network = mlp(G, obs_dim, hidden_size, action_dim)
         share = np.clip(1 + np.log(max(std, 1e-9)) / 5, 0.01, 0.99)
-        raw_log_std = float(np.log(share / (1 - share)))
-        self.raw_log_std = nn.Parameter(torch.full((G, 1, action_dim), raw_log_std))
+        self.raw_log_std = nn.Parameter(torch.full((G, 1, action_dim), share).logit())
 
     @property
     def log_std(self) -> torch.Tensor:
@@ -267,46 +243,55 @@ class BREMEN(Learner):
     def __init__(self, G: int, obs_dim: int, action_dim: int, args: Args):
         super().__init__(G, obs_dim)
         self.args = args
-        self.model = DynamicsEnsemble(G, obs_dim, action_dim, args.hidden_size, args.num_models)
+        self.model = DynamicsEnsemble(G, obs_dim, action_dim, args)
         self.actor = GaussianActor(G, obs_dim, action_dim, args.hidden_size, args.policy_std)
         self.vf = ValueNetwork(G, obs_dim, args.hidden_size)
         self.target_vf = ValueNetwork(G, obs_dim, args.hidden_size)
         self.target_vf.load_state_dict(self.vf.state_dict())
         self.target_vf.requires_grad_(False)
-        # What was last measured, since not every kind of update measures everything
-        self.latest = ("model_loss", "reward_loss", "termination_loss", "clone_loss", "value_loss")
-        self.latest += ("surrogate", "kl", "step_size", "imagined_return")
-        for name in self.latest:
-            self.register_buffer(name, torch.zeros(G))
         self.model_optimizer = adam(self.model.parameters(), args.critic_learning_rate)
         self.vf_optimizer = adam(self.vf.parameters(), args.critic_learning_rate)
         self.clone_optimizer = adam(self.actor.network.parameters(), args.actor_learning_rate)
         self.optimizers = [self.model_optimizer, self.vf_optimizer, self.clone_optimizer]
+        self.keep_measured(
+            *("model_loss", "reward_loss", "termination_loss", "clone_loss", "value_loss"),
+            *("surrogate", "kl", "step_size", "imagined_return"),
+        )
 
     def measure_scales(self, replay: Replay) -> None:
-        """Once, before training: the scales of the offline data."""
-        self.model.measure_scales(replay)
+        """Once, before training: the scales of the offline data and the box around it."""
+        super().measure_scales(replay)
+        model, n = self.model, replay.num_offline
+        model.own_obs = replay.own_obs
+        delta_mean, delta_std = replay.change_statistics()
+        model.delta_mean.copy_(delta_mean / self.obs_std)
+        model.delta_std.copy_((delta_std + 1e-3) / self.obs_std)
+        model.reward_mean.copy_(replay.rewards[0, :n].mean())
+        model.reward_std.copy_(replay.reward_std() + 1e-3)
+        obs, next_obs = replay.obs[:, :n], replay.next_obs[:, :n]
+        low = torch.minimum(obs, next_obs).amin(1, keepdim=True)
+        high = torch.maximum(obs, next_obs).amax(1, keepdim=True)
+        model.low.copy_(self.scaled(replay.per_group(low)))
+        model.high.copy_(self.scaled(replay.per_group(high)))
         horizon = 1 / max(1 - self.args.gamma, 1e-3)
         for vf in (self.vf, self.target_vf):
-            vf.mean.copy_(self.model.reward_mean * horizon)
-            vf.scale.copy_(self.model.reward_std * horizon)
+            vf.mean.copy_(model.reward_mean * horizon)
+            vf.scale.copy_(model.reward_std * horizon)
 
     def report(self, **measured: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Keep what was measured, (G,) each, and return it with what was measured before."""
-        for name, value in measured.items():
-            getattr(self, name).copy_(value.detach())
-        losses = {f"losses/{name}": getattr(self, name) for name in self.latest}
+        """And the policy's noise as it is."""
         policy_std = mean_over_own(self.actor.log_std.detach().exp(), self.own)
-        return losses | {"losses/policy_std": policy_std}
+        return super().report(**measured) | {"losses/policy_std": policy_std}
 
     def update(self, batch: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
         """One update of the models, and of the cloned policy and its value where `kind` is "clone",
         on a batch as `Replay.gather` returns it; losses (G,)."""
-        args = self.args
-        model_loss, reward_loss, termination_loss = self.model.loss(batch)  # (G, num_models)
-        loss = model_loss + reward_loss
-        if args.termination == "learned":
-            loss = loss + termination_loss
+        args, actions = self.args, batch["actions"]
+        obs, next_obs = self.scaled(batch["obs"]), self.scaled(batch["next_obs"])
+        rewards, terminations = batch["rewards"], batch["terminations"]
+        losses = self.model.loss(obs, actions, next_obs, rewards, terminations)  # (G, num_models)
+        model_loss, reward_loss, termination_loss = losses
+        loss = model_loss + reward_loss + self.model.terminates * termination_loss
         step(self.model_optimizer, loss)
         measured = {
             "model_loss": model_loss.mean(1),
@@ -314,15 +299,13 @@ class BREMEN(Learner):
             "termination_loss": termination_loss.mean(1),
         }
         if kind == "clone":
-            obs, next_obs = self.model.scaled(batch["obs"]), self.model.scaled(batch["next_obs"])
             mean, _ = self.actor(obs)
-            clone_loss = mean_over_own((mean - batch["actions"]).square(), self.own)
+            clone_loss = mean_over_own((mean - actions).square(), self.own)
             step(self.clone_optimizer, clone_loss)
 
             # The value of the policy that made the data, by TD(0)
             with torch.no_grad():
-                next_value = self.target_vf(next_obs)
-                target = batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_value
+                target = rewards + args.gamma * (1 - terminations) * self.target_vf(next_obs)
             value_loss = self.vf.loss(obs, target).mean(1)
             step(self.vf_optimizer, value_loss)
             follow(self.target_vf, self.vf, args.tau)
@@ -333,7 +316,7 @@ class BREMEN(Learner):
         """One TRPO step on rollouts imagined from start_obs (G, rollouts, obs_dim), then the value
         is fitted to their lambda-returns; losses (G,)."""
         args = self.args
-        obs, actions, rewards, ends, valid = self.imagine(start_obs)
+        obs, actions, rewards, ends, valid = self.imagine(self.scaled(start_obs))
         with torch.no_grad():
             values = self.vf(obs.flatten(1, 2)).unflatten(1, obs.shape[1:3])  # (G, T + 1, R)
             advantages = generalized_advantages(rewards, values, ends, args.gamma, args.gae_lambda)
@@ -347,7 +330,7 @@ class BREMEN(Learner):
         advantages = advantages - (weights * advantages).sum(1, keepdim=True)
         spread = (weights * advantages.square()).sum(1, keepdim=True).sqrt()
         advantages = advantages / (spread + 1e-8)
-        surrogate, kl, step_size = self.improve_policy(obs, actions, advantages, weights)
+        measured = self.improve_policy(obs, actions, advantages, weights)
 
         for _ in range(args.value_updates):
             index = torch.randint(obs.shape[1], (len(obs), args.batch_size), device=obs.device)
@@ -356,42 +339,31 @@ class BREMEN(Learner):
             some_valid = valid.gather(1, index)
             value_loss = (some_valid * value_loss).sum(1) / some_valid.sum(1).clamp(min=1)
             step(self.vf_optimizer, value_loss)
-        return self.report(
-            surrogate=surrogate,
-            kl=kl,
-            step_size=step_size,
-            imagined_return=imagined_return,
-            value_loss=value_loss,
-        )
+        return self.report(**measured, imagined_return=imagined_return, value_loss=value_loss)
 
     @torch.no_grad()
     def imagine(self, obs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """T = rollout_length steps of the policy in the ensemble from obs (G, R, obs_dim), one
-        random member per group and step.
+        """T = rollout_length steps of the policy in the ensemble from scaled obs (G, R, obs_dim),
+        one random member per group and step.
 
         Returns:
             scaled obs (G, T + 1, R, obs_dim), actions (G, T, R, action_dim), rewards, ends and
             valid (G, T, R): valid is 1 up to the step where a rollout ends, 0 behind it.
         """
-        args, steps, all_obs = self.args, [], []
+        args, steps, all_obs = self.args, [], [obs]
         valid = torch.ones_like(obs[..., 0])
         for _ in range(args.rollout_length):
-            all_obs.append(self.model.scaled(obs))
-            mean, log_std = self.actor(all_obs[-1])
-            actions = self.actor.sample(mean, log_std)
+            actions = self.actor.sample(*self.actor(obs))
             members = torch.randint(args.num_models, (len(obs),), device=obs.device)
             obs, rewards, p_end = self.model.predict(obs, actions.clamp(-1, 1), members)
-            ends = (
-                (p_end > 0.5).float() if args.termination == "learned" else torch.zeros_like(p_end)
-            )
+            ends = (p_end > 0.5).float()
             steps.append((actions, rewards, ends, valid))
+            all_obs.append(obs)
             valid = valid * (1 - ends)
-        all_obs.append(self.model.scaled(obs))
-        return torch.stack(all_obs, dim=1), *(
-            torch.stack(column, dim=1) for column in zip(*steps, strict=True)
-        )
+        columns = (all_obs, *zip(*steps, strict=True))
+        return tuple(torch.stack(column, dim=1) for column in columns)
 
-    def improve_policy(self, obs, actions, advantages, weights) -> tuple[torch.Tensor, ...]:
+    def improve_policy(self, obs, actions, advantages, weights) -> dict[str, torch.Tensor]:
         """A TRPO step on weighted rows (G, n): surrogate's improvement, KL and step size, (G,)."""
         theta = flat_parameters(self.actor).requires_grad_()  # (G, P)
         with torch.no_grad():
@@ -422,18 +394,14 @@ class BREMEN(Learner):
             product = torch.autograd.grad(kl_gradient, theta, vector, retain_graph=True)[0]
             return product + CG_DAMPING * vector
 
+        limits = self.args.kl_limit, self.args.cg_iterations
         new_theta, *result = trust_region_step(
-            theta.detach(),
-            gradient,
-            fisher_vector_product,
-            evaluate,
-            self.args.kl_limit,
-            self.args.cg_iterations,
+            theta.detach(), gradient, fisher_vector_product, evaluate, *limits
         )
         with torch.no_grad():
             for name, value in shaped_like(self.actor, new_theta).items():
                 self.actor.get_parameter(name).copy_(value)
-        return tuple(result)
+        return dict(zip(("surrogate", "kl", "step_size"), result, strict=True))
 
     def kind(self, number: int, offline: bool) -> str:
         """What update `number` of a phase does: the `kind` of `update`."""
@@ -445,29 +413,27 @@ class BREMEN(Learner):
     @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """The policy's mean: (G, E, obs_dim) -> (G, E, action_dim)."""
-        return self.actor(self.model.scaled(obs))[0]
+        return self.actor(self.scaled(obs))[0]
 
     @torch.no_grad()
     def explore(self, obs: torch.Tensor) -> torch.Tensor:
         """A sample of the policy; shapes as of `act`."""
-        mean, log_std = self.actor(self.model.scaled(obs))
-        return self.actor.sample(mean, log_std).clamp(-1, 1)
+        return self.actor.sample(*self.actor(self.scaled(obs))).clamp(-1, 1)
 
     @torch.no_grad()
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q(s, a_i), the mean over members of the reward and the value they expect: (G, batch)."""
-        q = 0
+        q, obs = 0, self.scaled(obs)
         for m in range(self.args.num_models):
             members = torch.full((len(obs),), m, device=obs.device)
             next_obs, rewards, p_end = self.model.predict(obs, actions, members)
-            goes_on = 1 - p_end if self.args.termination == "learned" else 1
-            q = q + rewards + self.args.gamma * goes_on * self.value(next_obs)
+            q = q + rewards + self.args.gamma * (1 - p_end) * self.vf(next_obs)
         return q / self.args.num_models
 
     @torch.no_grad()
     def value(self, obs: torch.Tensor) -> torch.Tensor:
         """V(s): (G, batch)."""
-        return self.vf(self.model.scaled(obs))
+        return self.vf(self.scaled(obs))
 
 
 # --- Trust region policy optimisation ---

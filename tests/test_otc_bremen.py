@@ -209,7 +209,7 @@ def test_a_policy_step_stays_within_the_kl_limit_and_improves_the_surrogate():
         return torch.distributions.Normal(mean.detach(), log_std.detach().exp())
 
     old = distribution()
-    improvement, kl, share = agent.improve_policy(obs, actions, advantages, weights)
+    improvement, kl, share = agent.improve_policy(obs, actions, advantages, weights).values()
     new = distribution()
     true_kl = (weights * torch.distributions.kl_divergence(old, new).sum(2)).sum(1)
     ratio = (new.log_prob(actions) - old.log_prob(actions)).sum(2).exp()
@@ -256,7 +256,7 @@ def test_members_differ_learn_alone_and_stay_different():
     torch.manual_seed(0)
     agent = BREMEN(2, OBS_DIM, ACTION_DIM, Args(**SMALL))
     batch = random_batch(2)
-    losses = sum(agent.model.loss(batch))  # (G, num_models)
+    losses = sum(agent.model.loss(**batch))  # (G, num_models)
     parameters = list(agent.model.parameters())
     for g, m in np.ndindex(2, 3):
         gradients = torch.autograd.grad(losses[g, m], parameters, retain_graph=True)
@@ -280,9 +280,16 @@ def measured_agent(G=2, args=None):
 
 
 def plain_scales(agent, g):
-    """Group g's scales and box, in numpy."""
-    each = agent.model.named_buffers()
-    return {n: (x[g, 0] if x.dim() else x).double().numpy() for n, x in each}
+    """Group g's scales and box, in numpy and in the data's units."""
+    each = [*agent.model.named_buffers(), *agent.named_buffers(recurse=False)]
+    s = {n: (x[g, 0] if x.dim() == 3 else x).double().numpy() for n, x in each}
+    for name in ("delta_mean", "delta_std"):
+        s[name] = s[name] * s["obs_std"]
+    return s | {f"obs_{n}": s["obs_mean"] + s["obs_std"] * s[n] for n in ("low", "high")}
+
+
+def scaled_batch(agent, batch):
+    return {k: agent.scaled(v) if k in ("obs", "next_obs") else v for k, v in batch.items()}
 
 
 def plain_prediction(agent, g, m, obs, action):
@@ -300,7 +307,7 @@ def test_model_losses_equal_a_loop():
     agent, replay = measured_agent()
     index = replay.draw_offline(6)
     batch = replay.gather(index)
-    found = agent.model.loss(batch)
+    found = agent.model.loss(**scaled_batch(agent, batch))
     data = {key: value.double().numpy() for key, value in batch.items()}
     for g, m in np.ndindex(2, 3):
         rows, s = [], plain_scales(agent, g)
@@ -358,7 +365,7 @@ def test_rollouts_follow_exactly_the_drawn_members(monkeypatch):
             p[[1, 3]] = torch.nan  # member 1 of group 0, member 0 of group 1
         agent.actor.network[-1].bias += 0.9  # some actions leave the box
     start = replay.gather(replay.draw_offline(10))["obs"]
-    obs, actions, rewards, ends, valid = agent.imagine(start)
+    obs, actions, rewards, ends, valid = agent.imagine(agent.scaled(start))
     assert obs.shape == (2, 5, 10, OBS_DIM) and actions.shape == (2, 4, 10, ACTION_DIM)
     assert actions.abs().max() > 1
     members = [[0, 2], [0, 1], [2, 1], [0, 2]]
@@ -387,7 +394,7 @@ def test_imagined_states_stay_in_the_datas_box():
         next_obs, _, _ = agent.model.predict(
             torch.zeros(2, 3, OBS_DIM), torch.zeros(2, 3, ACTION_DIM), torch.tensor([0, 1])
         )
-    assert torch.equal(next_obs, agent.model.obs_high.expand(2, 3, -1))
+    assert torch.equal(next_obs, agent.model.high.expand(2, 3, -1))
 
 
 def test_q_is_the_mean_over_members_of_reward_and_next_value():
@@ -395,7 +402,7 @@ def test_q_is_the_mean_over_members_of_reward_and_next_value():
     batch = replay.gather(replay.draw_offline(4))
     found = agent.q_value(batch["obs"], batch["actions"])
     never = copy.deepcopy(agent)
-    never.args = Args(**SMALL, termination="never")
+    never.model.terminates = False
     found_never = never.q_value(batch["obs"], batch["actions"])
     for g, b in np.ndindex(2, 4):
         obs, action = (batch[k][g, b].double().numpy() for k in ("obs", "actions"))
@@ -544,9 +551,11 @@ def test_a_linear_quadratic_system_is_learned_and_solved():
         agent.update(quadratic_batch(128), "clone")
     batch = quadratic_batch(200)
     for m in range(3):
-        predicted = agent.model.predict(batch["obs"], batch["actions"], torch.tensor([m, m]))
+        obs = agent.scaled(batch["obs"])
+        predicted = agent.model.predict(obs, batch["actions"], torch.tensor([m, m]))
         # an action of 1 moves the state by 0.1
-        assert (predicted[0] - batch["next_obs"]).abs().mean() < 0.01
+        next_obs = agent.obs_mean + agent.obs_std * predicted[0]
+        assert (next_obs - batch["next_obs"]).abs().mean() < 0.01
         assert (predicted[1] - batch["rewards"]).abs().mean() < 0.05
         assert predicted[2].max() < 0.1
     cloned = true_return(agent.act)
@@ -606,7 +615,7 @@ def test_steps_behind_an_end_do_not_matter(monkeypatch):
     """Imagined rewards, states and actions behind an end are spoilt: the same policy and value."""
     agent, replay = measured_agent()
     start = replay.gather(replay.draw_offline(10))["obs"]
-    rolled = agent.imagine(start)
+    rolled = agent.imagine(agent.scaled(start))
     assert (rolled[4] == 0).any()
     trained = []
     for spoil in (False, True):
@@ -630,7 +639,7 @@ def test_the_value_is_fitted_to_the_lambda_returns_of_the_imagined_steps(monkeyp
     """One minibatch, its loss in numpy: G_t = r + gamma ((1 - lambda) V' + lambda G_{t+1})."""
     agent, replay = measured_agent(args=Args(**SMALL | {"value_updates": 1}))
     start = replay.gather(replay.draw_offline(10))["obs"]
-    rolled = agent.imagine(start)
+    rolled = agent.imagine(agent.scaled(start))
     obs, _, rewards, ends, valid = (x.double().numpy() for x in rolled)
     values = np.stack([[agent_values(agent, obs[g, t], g) for t in range(5)] for g in range(2)])
     returns, later = np.zeros((2, 4, 10)), values[:, 4]
