@@ -26,7 +26,18 @@ import torch.nn.functional as F
 from common import InputError, cli
 from common.cli import Natural, OfflineArgs, Positive, Share
 from common.loop import Training
-from common.nets import Learner, Linear, adam, follow, joint, keep_own, mean_over_own, mlp, step
+from common.nets import (
+    Learner,
+    Linear,
+    adam,
+    follow,
+    joint,
+    keep_own,
+    mean_over_own,
+    mlp,
+    of_each,
+    step,
+)
 from common.replay import Replay
 
 
@@ -199,9 +210,6 @@ WEIGHTS = {
 class OMSD(Learner):
     """S teams of N OMSD learners; losses are averaged over the batch and summed over G or S."""
 
-    LOSSES = ("vf_loss", "qf1_loss", "qf2_loss", "qf1_values", "denoiser_loss")
-    LOSSES += ("actor_loss", "score_drive", "q_drive", "policy_q", "bc_error")
-
     def __init__(self, G: int, obs_dim: int, action_dim: int, args: Args):
         super().__init__(G, obs_dim)
         self.args, self.settings = args, preset(args)
@@ -237,9 +245,11 @@ class OMSD(Learner):
         turns = one_by_one if args.prefix == "after" else torch.ones(1, G)
         self.register_buffer("turns", turns, persistent=False)
 
-        # Updates made, and what was last measured, since no update measures everything
-        self.register_buffer("made", torch.zeros(()))
-        self.register_buffer("measured", torch.zeros(len(self.LOSSES), G))
+        self.register_buffer("made", torch.zeros(()))  # updates
+        self.keep_measured(
+            *("vf_loss", "qf1_loss", "qf2_loss", "qf1_values", "denoiser_loss"),
+            *("actor_loss", "score_drive", "q_drive", "policy_q", "bc_error"),
+        )
         rate = torch.tensor(args.learning_rate)  # as a tensor it can change in a captured graph
         self.vf_optimizer = adam(self.vf.parameters(), args.learning_rate)
         self.qf_optimizer = adam(self.live.parameters(), args.learning_rate)
@@ -273,11 +283,7 @@ class OMSD(Learner):
         else:
             losses = self.update_policies(obs, batch["actions"])
         self.made += 1
-        for name, value in losses.items():
-            value = value.detach()
-            of_group = value if len(value) == len(obs) else value.repeat_interleave(self.N)
-            self.measured[self.LOSSES.index(name)] = of_group
-        return {f"losses/{name}": self.measured[i] for i, name in enumerate(self.LOSSES)}
+        return self.report(**losses)
 
     def anneal(self) -> None:
         """Set the learning rates, which fall by half a cosine over their networks' updates."""
@@ -287,10 +293,6 @@ class OMSD(Learner):
         done = (self.made - self.model_updates) / self.args.policy_updates
         for optimizer in self.actor_optimizers:
             optimizer.param_groups[0]["lr"].copy_(rate * fall(done))
-
-    def of_each(self, x: torch.Tensor) -> torch.Tensor:
-        """The inverse of `nets.joint`."""
-        return x.unflatten(2, (self.N, -1)).transpose(1, 2).flatten(0, 1)
 
     def policy(self, obs: torch.Tensor) -> torch.Tensor:
         """pi_i of scaled observations: (G, batch, obs_dim) -> (G, batch, action_dim)."""
@@ -379,10 +381,10 @@ class OMSD(Learner):
             levels = args.t_min, settings["t_max"]
             found, _, alpha, sigma = self.predict(obs, actions, levels)
             score_drive = WEIGHTS[settings["score_weight"]](alpha, sigma) * found
-            score_drive = self.of_each(score_drive) if args.score == "joint" else score_drive
+            score_drive = of_each(score_drive, self.N) if args.score == "joint" else score_drive
         obs, actions = joint(obs, self.N), joint(actions, self.N).requires_grad_()
         q = (self.target_qf1(obs, actions) + self.target_qf2(obs, actions)) / 2
-        gradient = self.of_each(torch.autograd.grad(q.sum(), actions)[0])
+        gradient = of_each(torch.autograd.grad(q.sum(), actions)[0], self.N)
         if args.normalize_q:
             rms = mean_over_own(gradient.square(), self.own).sqrt()  # (G,)
             gradient = gradient / rms.clamp(min=1e-8).view(-1, 1, 1)

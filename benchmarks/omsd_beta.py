@@ -98,7 +98,7 @@ def measure(args: Args, env: str, score: str) -> list[dict]:
                     "mean_return": mean,
                     "normalized_score": float(normalized_score(task, mean)),
                     "data_return": data.mean_return(),
-                    "policy_q": agent.measured[agent.LOSSES.index("policy_q")][s * agent.N].item(),
+                    "policy_q": agent.report()["losses/policy_q"][s * agent.N].item(),
                     "model_update_ms": 1000 * of_model,
                     "policy_update_ms": 1000 * of_policy,
                 }
