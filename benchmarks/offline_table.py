@@ -25,6 +25,7 @@ from common.envs import normalized_score
 
 COEFFICIENT_0 = " --omar-coefficient 0"
 CENTRALISED = " --critic centralised"
+FINETUNE = " --finetune"
 
 
 @dataclass
@@ -55,6 +56,7 @@ def main(args: Args) -> None:
             script = run["script"]
             script += COEFFICIENT_0 * (run["args"].get("omar_coefficient") == 0)
             script += CENTRALISED * (run["args"].get("critic") == "centralised")
+            script += FINETUNE * bool(run["args"].get("finetune"))
             data = behaviour.get(env, {"mean": np.nan})
             its_return = float(data["mean"])
             score = data.get("score", normalized_score(parse_env(env)[0], its_return))

@@ -99,6 +99,11 @@ def test_the_offline_table_pools_one_learner_and_every_seed_once(tmp_path, refus
     offline_table.main(offline_table.Args((str(tmp_path),)))
     printed = capsys.readouterr().out
     assert "| omar |" in printed and "| omar --critic centralised |" in printed
+    fake_run(tmp_path / "maiql", "maiql", 1, [1.0], finetune=False)
+    fake_run(tmp_path / "maiql", "maiql", 1, [2.0], finetune=True)
+    offline_table.main(offline_table.Args((str(tmp_path / "maiql"),)))
+    printed = capsys.readouterr().out
+    assert "| maiql |" in printed and "| maiql --finetune |" in printed
     second = fake_run(tmp_path, "omar", 1, [3.0], critic="independent")
     said = refusal(offline_table, *argv)
     assert str(first) in said and str(second) in said
