@@ -90,6 +90,13 @@ def twins(agent, name="qf"):
     return found
 
 
+def by_group(name, parameter, num_groups):
+    """(num_groups, ...), the groups' own parts of a stack: of twins, one network after another."""
+    if name.startswith(("qf.", "target_qf.")):
+        return parameter.unflatten(0, (-1, num_groups)).transpose(0, 1)
+    return parameter.unflatten(0, (num_groups, -1))
+
+
 def set_scales(agent):
     """Observations in units of their own, which differ by group."""
     with torch.no_grad():

@@ -20,6 +20,7 @@ from tests.helpers import (
     Watch,
     add_deployment,
     assert_same,
+    by_group,
     every_script,
     make,
     random_batch,
@@ -58,13 +59,14 @@ def test_a_group_trains_in_the_stack_as_it_does_alone(monkeypatch, script):
     (stack, kind_of), (alone, _) = make(script, 3), make(script, 1)
     stack.double(), alone.double()
 
-    def own(tensor):
-        """Group 2's rows; a learner may hold several networks of each group."""
-        return tensor.unflatten(0, (3, -1))[2]
+    def pairs():
+        """Parameters alone, and group 2's in the stack, which may hold several of each group."""
+        both = zip(alone.parameters(), stack.named_parameters(), strict=True)
+        return [(one, by_group(name, many, 3)[2]) for one, (name, many) in both]
 
     with torch.no_grad():
-        for one, many in zip(alone.parameters(), stack.parameters(), strict=True):
-            one.copy_(own(many))
+        for one, many in pairs():
+            one.copy_(many)
     starts = [p.detach().clone() for p in alone.parameters()]
     monkeypatch.setattr(torch, "randn", normal)
     monkeypatch.setattr(torch, "randn_like", lambda x: normal(*x.shape))
@@ -78,8 +80,8 @@ def test_a_group_trains_in_the_stack_as_it_does_alone(monkeypatch, script):
             losses = update_number(agent, its_batch, number, kind_of)
         last.append({tag: loss[-1] for tag, loss in losses.items()})
     torch.testing.assert_close(*last, rtol=1e-7, atol=1e-9)
-    for one, many in zip(alone.parameters(), stack.parameters(), strict=True):
-        torch.testing.assert_close(one, own(many), rtol=1e-7, atol=1e-9)
+    for one, many in pairs():
+        torch.testing.assert_close(one, many, rtol=1e-7, atol=1e-9)
     named = zip(alone.named_parameters(), starts, strict=True)
     still = {name for (name, parameter), start in named if torch.equal(parameter, start)}
     assert still <= {"log_factor"}  # CQL's, which only --lagrange moves
@@ -100,7 +102,7 @@ def test_other_agents_actions_do_not_matter_bit_for_bit(script):
         for number in range(1, 21):
             batch = replay.gather(replay.draw_offline(16))
             update_number(agent, batch, number, kind_of)
-        trained.append([p.detach().unflatten(0, (3, -1)) for p in agent.parameters()])
+        trained.append([by_group(name, p.detach(), 3) for name, p in agent.named_parameters()])
     for one, other in zip(*trained, strict=True):
         assert torch.equal(one[1], other[1])
     assert any(not torch.equal(one[0], other[0]) for one, other in zip(*trained, strict=True))

@@ -18,6 +18,7 @@ from tests.helpers import (
     SCRIPTS,
     WITH_OTC,
     WITH_SCALES,
+    by_group,
     make,
     random_team,
     update_number,
@@ -107,13 +108,6 @@ def test_weights_of_the_padding_do_not_matter(script, flags):
         assert torch.equal(*(x if place is None else x * ~place for x in (one, other)))
 
 
-def by_group(name, parameter, num_groups=2):
-    """(num_groups, ...), the groups' own parts of a stack: of twins, one network after another."""
-    if name.startswith(("qf.", "target_qf.")):
-        return parameter.unflatten(0, (-1, num_groups)).transpose(0, 1)
-    return parameter.unflatten(0, (num_groups, -1))
-
-
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in CENTRAL])
 def test_another_agents_observations_do_not_matter_bit_for_bit(script):
     """Nor their scale: agent 1's are a thousand times as large in one of two runs."""
@@ -130,7 +124,7 @@ def test_another_agents_observations_do_not_matter_bit_for_bit(script):
             agent.measure_scales(replay)
         for number in range(1, 21):
             update_number(agent, replay.gather(replay.draw_offline(16)), number, kind_of)
-        trained.append([by_group(name, p.detach()) for name, p in agent.named_parameters()])
+        trained.append([by_group(name, p.detach(), 2) for name, p in agent.named_parameters()])
     for one, other in zip(*trained, strict=True):
         assert torch.equal(one[0], other[0])
     assert any(not torch.equal(one[1], other[1]) for one, other in zip(*trained, strict=True))
