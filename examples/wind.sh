@@ -12,4 +12,4 @@ start=$(echo $out/offline/*__1__*)
 for how in "--sampling uniform" "--distance residual"; do
     python otc_td3bc.py $flags $tune $how --offline-checkpoint "$start" --run-dir $out/tuned
 done
-python -m benchmarks.aggregate $out/tuned --curves 2> /dev/null | tail -4
+python -m benchmarks.aggregate $out/tuned --curves | tail -4
