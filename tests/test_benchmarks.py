@@ -130,6 +130,7 @@ def test_the_offline_table_pools_one_learner_and_every_seed_once(tmp_path, refus
     offline_table.main(offline_table.Args((str(tmp_path),)))
     printed = capsys.readouterr().out
     assert "| omar |" in printed and "| omar --critic centralised |" in printed
+    (tmp_path / "maiql").mkdir()
     fake_run(tmp_path / "maiql", "maiql", 1, [1.0], finetune=False)
     fake_run(tmp_path / "maiql", "maiql", 1, [2.0], finetune=True)
     offline_table.main(offline_table.Args((str(tmp_path / "maiql"),)))
