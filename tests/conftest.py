@@ -15,6 +15,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from common.device import multiply_by_onednn  # noqa: E402
+from tests.helpers import run  # noqa: E402
 from tests.tiny_task import write_data, write_discrete_data  # noqa: E402
 
 multiply_by_onednn()
@@ -31,3 +32,18 @@ def device(request):
 def data(tmp_path):
     write_discrete_data(tmp_path / "steps.hdf5")
     return write_data(tmp_path / "point.hdf5")
+
+
+@pytest.fixture
+def fails(tmp_path, monkeypatch, capsys):
+    """Check that a script refuses its command line with `words` and writes no run into b/."""
+
+    def check(words, script, *argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            run(monkeypatch, script, *argv)
+        error = capsys.readouterr().err
+        assert exit.value.code == 2 and error.startswith("error: ") and words in error, error
+        assert len(error.strip().splitlines()) <= 2 and not (tmp_path / "b").exists()
+
+    return check

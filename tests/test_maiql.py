@@ -218,12 +218,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_said_in_a_line(monkeypatch, capsys, data, name):
+def test_bad_input_is_said_in_a_line(fails, data, name):
     argv, message = BAD[name]
-    with pytest.raises(SystemExit) as exit:
-        run(monkeypatch, "maiql", "--env", ENV, "--dataset", data, *tiny("maiql"), *argv)
-    text = capsys.readouterr().err
-    assert exit.value.code == 2 and message in text and len(text.splitlines()) <= 2
+    fails(message, "maiql", "--env", ENV, "--dataset", data, *tiny("maiql"), *argv)
 
 
 def test_without_it_there_is_no_model(tmp_path, monkeypatch, data):

@@ -13,7 +13,7 @@ from common.nets import joint
 from common.replay import Replay
 from common.world_model import first_copies
 from moma_ppo import MOMAPPO, Args, advantages_and_returns, covariance_norm, push
-from tests.helpers import Watch, plain_mlp, random_team, run
+from tests.helpers import Watch, plain_mlp, random_team, tiny
 from tests.test_learners import addresses
 from tests.tiny_task import ENV
 
@@ -604,14 +604,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_said_in_a_line(monkeypatch, capsys, data, name):
-    from tests.helpers import tiny
-
+def test_bad_input_is_said_in_a_line(fails, data, name):
     argv, message = BAD[name]
-    with pytest.raises(SystemExit) as exit:
-        run(monkeypatch, "moma_ppo", "--env", ENV, "--dataset", data, *tiny("moma_ppo"), *argv)
-    text = capsys.readouterr().err
-    assert exit.value.code == 2 and message in text and len(text.splitlines()) <= 2
+    fails(message, "moma_ppo", "--env", ENV, "--dataset", data, *tiny("moma_ppo"), *argv)
 
 
 def test_help_names_what_is_published():

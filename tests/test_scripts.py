@@ -576,21 +576,6 @@ def test_unknown_choices_and_flags_exit_with_2(monkeypatch, capsys, script, argv
     assert exit.value.code == 2
 
 
-@pytest.fixture
-def fails(tmp_path, monkeypatch, capsys):
-    """Check that a script refuses its command line with `words` and writes no run into b/."""
-
-    def check(words, script, *argv):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            run(monkeypatch, script, *argv)
-        error = capsys.readouterr().err
-        assert exit.value.code == 2 and error.startswith("error: ") and words in error, error
-        assert len(error.strip().splitlines()) <= 2 and not (tmp_path / "b").exists()
-
-    return check
-
-
 def test_only_the_policy_is_taken_from_an_offline_checkpoint(tmp_path, monkeypatch, data):
     """Whatever the strategy of its own run: alpha and the distance are the new run's."""
     common = ["--env", ENV, "--dataset", data, *tiny("otc_bcq")]
