@@ -28,7 +28,9 @@ class Args:
     seed: int = 1
     """seed of the environment, the networks and the exploration"""
     steps: int = 400_000
-    """environment steps, one update each"""
+    """environment steps"""
+    update_every: int = 1
+    """environment steps per SAC update"""
     snapshot_every: int = 2_500
     """environment steps between two snapshots of the actor"""
     batch_size: int = 128
@@ -111,6 +113,7 @@ def main(args: Args) -> None:
         env,
         batch_size=args.batch_size,
         learning_starts=5_000,
+        train_freq=args.update_every,
         policy_kwargs={"net_arch": {"pi": [64, 64], "qf": [256, 256]}},
         seed=args.seed,
         device="cpu",
