@@ -52,13 +52,16 @@ class Args(OfflineArgs):
     policy_updates: int = 5_000
     """the last so many of --offline-updates, which move the policies; those before train critics
     and denoisers. Published: 1e5 after 5e5 of the critics and 2e6 of the denoisers"""
-    score: Literal["decomposed", "independent", "joint"] = "decomposed"
+    score: Literal["decomposed", "independent", "joint", "none"] = "decomposed"
     """whose score holds an agent's actions to the data: its own given the agents before it, its own
-    whatever the others do, or its part of all agents' joint score"""
+    whatever the others do, or its part of all agents' joint score; none: IQL's own policies, clones
+    weighted by the team's advantage"""
     beta: float | None = None
     """weight of the gradient of Q against the score, as published; default: that of this --env"""
     expectile: Share | None = None
     """of V, tau in IQL; default: that of this --env"""
+    temperature: float | None = None
+    """of --score none: weights are exp(temperature * advantage); default: that of this --env"""
     score_weight: Literal["vds", "one", "ratio"] | None = None
     """weight of the predicted noise at noise level t: vds sigma^2, as published, one 1, ratio
     alpha/sigma, which with a low --t-max is the score of hardly noised data; default: vds, of the
@@ -109,23 +112,27 @@ class Args(OfflineArgs):
             raise InputError(f"--t-min {self.t_min}: at most --t-max {t_max}")
 
 
-# The released code's beta (the middle of its range, or its best) and expectile of each data set
+# The released code's beta (the middle of its range, or its best), expectile and temperature of each
+# data set
 PRESETS = {
-    "simple-spread-random": {"beta": 0.5, "expectile": 0.5},
-    "simple-spread-medium": {"beta": 0.01, "expectile": 0.7},
-    "simple-spread-expert": {"beta": 0.001, "expectile": 0.5},
-    "simple-tag-random": {"beta": 0.2, "expectile": 0.7},
-    "simple-tag-medium": {"beta": 0.02, "expectile": 0.5},
-    "simple-tag-expert": {"beta": 0.005, "expectile": 0.7},
-    "simple-world-random": {"beta": 0.2, "expectile": 0.7},
-    "simple-world-medium": {"beta": 0.05, "expectile": 0.9},
-    "simple-world-expert": {"beta": 0.01, "expectile": 0.5},
+    "simple-spread-random": {"beta": 0.5, "expectile": 0.5, "temperature": 0.5},
+    "simple-spread-medium": {"beta": 0.01, "expectile": 0.7, "temperature": 0.5},
+    "simple-spread-expert": {"beta": 0.001, "expectile": 0.5, "temperature": 3.0},
+    "simple-tag-random": {"beta": 0.2, "expectile": 0.7, "temperature": 5.0},
+    "simple-tag-medium": {"beta": 0.02, "expectile": 0.5, "temperature": 1.0},
+    "simple-tag-expert": {"beta": 0.005, "expectile": 0.7, "temperature": 7.0},
+    "simple-world-random": {"beta": 0.2, "expectile": 0.7, "temperature": 7.0},
+    "simple-world-medium": {"beta": 0.05, "expectile": 0.9, "temperature": 1.0},
+    "simple-world-expert": {"beta": 0.01, "expectile": 0.5, "temperature": 3.0},
     "halfcheetah-local-expert": {"beta": 0.005, "expectile": 0.7},
     # Not published
     "bandit-2": {"beta": 1.0, "score_weight": "ratio", "t_max": 0.2},
     "bandit-3": {"beta": 1.0, "score_weight": "ratio", "t_max": 0.2},
 }
-OTHERWISE = {"beta": 0.02, "expectile": 0.7, "score_weight": "vds", "t_max": 0.98}
+OTHERWISE = {
+    **{"beta": 0.02, "expectile": 0.7, "temperature": 3.0},
+    **{"score_weight": "vds", "t_max": 0.98},
+}
 
 
 def preset(args: Args) -> dict:
@@ -231,7 +238,8 @@ class OMSD(Learner):
         prefix = (N - 1) * action_dim if args.score == "decomposed" else 0
         noised = N * action_dim if is_joint else action_dim
         its_sizes = noised, seen + prefix, args.denoiser_size, args.dropout
-        self.denoiser = Denoiser(S if is_joint else G, *its_sizes)
+        if args.score != "none":
+            self.denoiser = Denoiser(S if is_joint else G, *its_sizes)
         # The groups of each team's first N - 1 agents, (G, N - 1), and which of them come before g,
         # (G, 1, N - 1, 1)
         order = torch.stack([order_of(args, N, s) for s in range(S)]).to(self.obs_mean.device)
@@ -242,7 +250,8 @@ class OMSD(Learner):
         self.register_buffer("is_before", is_before.view(G, 1, N - 1, 1).float(), persistent=False)
         # Whose turn it is in each step of an update, (steps, G)
         one_by_one = (torch.arange(N).unsqueeze(1) == place).float()
-        turns = one_by_one if args.prefix == "after" else torch.ones(1, G)
+        at_once = args.prefix == "before" or args.score == "none"
+        turns = torch.ones(1, G) if at_once else one_by_one
         self.register_buffer("turns", turns, persistent=False)
 
         self.register_buffer("made", torch.zeros(()))  # updates
@@ -253,11 +262,13 @@ class OMSD(Learner):
         rate = torch.tensor(args.learning_rate)  # as a tensor it can change in a captured graph
         self.vf_optimizer = adam(self.vf.parameters(), args.learning_rate)
         self.qf_optimizer = adam(self.live.parameters(), args.learning_rate)
-        self.denoiser_optimizer = adam(self.denoiser.parameters(), rate.clone())
+        if args.score != "none":
+            self.denoiser_optimizer = adam(self.denoiser.parameters(), rate.clone())
         # One per turn: Adam leaves those alone whose gradients have always been 0
         self.actor_optimizers = [adam(self.actor.parameters(), rate.clone()) for _ in turns]
-        self.optimizers = [self.vf_optimizer, self.qf_optimizer, self.denoiser_optimizer]
-        self.optimizers += self.actor_optimizers
+        self.optimizers = [self.vf_optimizer, self.qf_optimizer, *self.actor_optimizers]
+        if args.score != "none":
+            self.optimizers.append(self.denoiser_optimizer)
 
     def measure_scales(self, replay: Replay) -> None:
         """Take the mean and standard deviation of the offline observations, and the latter of the
@@ -279,7 +290,11 @@ class OMSD(Learner):
         obs, next_obs = self.scaled(batch["obs"]), self.scaled(batch["next_obs"])
         if kind == "model":
             its_batch = {**batch, "obs": obs, "next_obs": next_obs}
-            losses = self.update_critics(its_batch) | self.update_denoisers(obs, batch["actions"])
+            losses = self.update_critics(its_batch)
+            if self.args.score != "none":
+                losses |= self.update_denoisers(obs, batch["actions"])
+        elif self.args.score == "none":
+            losses = self.update_clones(obs, batch["actions"])
         else:
             losses = self.update_policies(obs, batch["actions"])
         self.made += 1
@@ -288,8 +303,9 @@ class OMSD(Learner):
     def anneal(self) -> None:
         """Set the learning rates, which fall by half a cosine over their networks' updates."""
         rate = self.args.learning_rate
-        of_denoisers = rate * (1 + 29 * fall(self.made / self.model_updates)) / 30
-        self.denoiser_optimizer.param_groups[0]["lr"].copy_(of_denoisers)
+        if self.args.score != "none":
+            of_denoisers = rate * (1 + 29 * fall(self.made / self.model_updates)) / 30
+            self.denoiser_optimizer.param_groups[0]["lr"].copy_(of_denoisers)
         done = (self.made - self.model_updates) / self.args.policy_updates
         for optimizer in self.actor_optimizers:
             optimizer.param_groups[0]["lr"].copy_(rate * fall(done))
@@ -371,6 +387,20 @@ class OMSD(Learner):
             "policy_q": q.mean(1),
             "bc_error": mean_over_own((policy_actions - actions).square(), self.own),
         }
+
+    def update_clones(self, obs: torch.Tensor, actions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Of --score none: policies clone the data's actions, each row weighted by
+        min(exp(temperature * A), 100) of the team's advantage A = Q - V, as in IQL."""
+        with torch.no_grad():
+            its = joint(obs, self.N), joint(actions, self.N)
+            q = torch.minimum(self.target_qf1(*its), self.target_qf2(*its))
+            advantage = q - self.vf(its[0])
+            weights = (self.settings["temperature"] * advantage).exp().clamp(max=100)  # (S, batch)
+        policy_actions = self.policy(obs)
+        errors = (policy_actions - actions).square()
+        actor_loss = (weights.repeat_interleave(self.N, dim=0) * errors.sum(2)).mean(1)
+        step(self.actor_optimizers[0], actor_loss)
+        return {"actor_loss": actor_loss, "bc_error": mean_over_own(errors, self.own)}
 
     def drives(self, obs: torch.Tensor, actions: torch.Tensor):
         """What moves each agent's action, of scaled observations and the policies' actions: the

@@ -442,6 +442,25 @@ def test_v_is_an_expectile():
     assert agent.vf(obs[:, :1]).item() == pytest.approx(0.7, abs=0.03)
 
 
+def test_without_a_score_policies_are_clones_weighted_by_the_teams_advantage():
+    """Of two equally frequent joint actions, with Q - V = 0 and 1 and a ceiling of 100: a policy
+    goes where the weighted squares are least."""
+    for temperature, weight in ((0.0, 1.0), (2.0, np.exp(2)), (9.0, 100.0)):
+        options = {"score": "none", "temperature": temperature, "learning_rate": 1e-2}
+        agent = made(2, dims=(1, 1), policy_updates=400, offline_updates=401, **options)
+        set_critics(agent, lambda obs, actions: (actions[..., 0] > 0).float())
+        agent.vf = Function(lambda obs: torch.zeros(obs.shape[:2]))
+        agent.made += 1
+        batch = {k: torch.zeros(2, 64, 1) for k in ("obs", "next_obs")}
+        good = (torch.arange(64) % 2 == 0).view(1, 64, 1)
+        batch["actions"] = torch.cat([torch.where(good, 0.5, -0.5), torch.where(good, -0.2, 0.3)])
+        for _ in range(400):
+            agent.update(batch, "policy")
+        found = agent.policy(batch["obs"][:, :1]).flatten().tolist()
+        expected = [(weight * 0.5 - 0.5) / (weight + 1), (weight * -0.2 + 0.3) / (weight + 1)]
+        assert found == pytest.approx(expected, abs=0.01)
+
+
 # --- Teams ---
 
 
@@ -492,7 +511,7 @@ def test_agents_permuted_with_their_data_give_permuted_results(monkeypatch, pref
         assert one[0].numel() == 1 or not torch.allclose(one, two)
 
 
-@pytest.mark.parametrize("score", ["decomposed", "independent", "joint"])
+@pytest.mark.parametrize("score", ["decomposed", "independent", "joint", "none"])
 @pytest.mark.parametrize("prefix", ["before", "after"])
 def test_a_team_trains_in_the_stack_as_it_does_alone(monkeypatch, score, prefix):
     options = {"score": score, "prefix": prefix, "dropout": 0.1}
@@ -651,7 +670,9 @@ def test_presets_hold_unless_given():
 
 
 @pytest.mark.parametrize("kind", ["model", "policy"])
-@pytest.mark.parametrize("options", [{}, {"score": "joint"}, {"prefix": "after", "dropout": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"score": "joint"}, {"score": "none"}, {"prefix": "after", "dropout": 0.1}]
+)
 def test_an_update_can_be_captured(kind, options):
     """It never waits for the host, makes tensors on its own device only, and what it reads and
     writes stays where it is."""
