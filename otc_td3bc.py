@@ -128,9 +128,7 @@ class TD3BC(Learner):
         self.target = nn.ModuleList([self.target_actor, self.target_qf])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
-        # Losses of the latest actor update, reported until the next
-        self.register_buffer("actor_loss", torch.zeros(G))
-        self.register_buffer("bc_loss", torch.zeros(G))
+        self.keep_measured("actor_loss", "bc_loss")
         self.qf_optimizer = adam(self.qf.parameters(), args.critic_learning_rate)
         self.actor_optimizer = adam(self.actor.parameters(), args.actor_learning_rate)
         self.optimizers = [self.qf_optimizer, self.actor_optimizer]
@@ -164,14 +162,12 @@ class TD3BC(Learner):
             actor_loss = -weight * own_q.mean(1) + bc_loss
             step(self.actor_optimizer, actor_loss)
             follow(self.target, self.live, args.tau)
-            self.actor_loss.copy_(actor_loss.detach())
-            self.bc_loss.copy_(bc_loss.detach())
+            self.report(actor_loss=actor_loss, bc_loss=bc_loss)
         return {
             "losses/qf1_loss": qf_loss[0].detach(),
             "losses/qf2_loss": qf_loss[1].detach(),
             "losses/qf1_values": q[0].detach().mean(1),
-            "losses/actor_loss": self.actor_loss,
-            "losses/bc_loss": self.bc_loss,
+            **self.report(),
         }
 
     def kind(self, number: int, offline: bool) -> bool:

@@ -302,8 +302,8 @@ class Learner(nn.Module):
         """Keep what an update measured, of each group or each team, and return everything as last
         measured, (G,) each."""
         for name, value in measured.items():
-            row = self.measured[self.names.index(name)]
-            row.copy_(value.detach().repeat_interleave(len(row) // len(value)))
+            row = self.measured[self.names.index(name)].view(len(value), -1)
+            row.copy_(value.detach().unsqueeze(1))
         return {f"losses/{n}": x for n, x in zip(self.names, self.measured, strict=True)}
 
     def get_extra_state(self):
