@@ -27,7 +27,17 @@ from common import cli, embedding, sampler, strategies
 from common.cli import Natural, OnlineArgs, Positive, Range, Share
 from common.embedding import Distance
 from common.loop import Training
-from common.nets import Actor, Critic, Learner, adam, follow, keep_own, mean_over_own, mlp, step
+from common.nets import (
+    Actor,
+    Learner,
+    TwinCritic,
+    adam,
+    follow,
+    keep_own,
+    mean_over_own,
+    mlp,
+    step,
+)
 from common.replay import Replay
 from common.strategies import Strategy
 
@@ -154,10 +164,10 @@ class ICQ(Learner):
         self.args = args
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         self.actor = GaussianActor(*sizes, args.policy_std)
-        self.qf1, self.qf2 = Critic(*sizes), Critic(*sizes)
-        self.target_qf1, self.target_qf2 = Critic(*sizes), Critic(*sizes)
-        self.live = nn.ModuleList([self.qf1, self.qf2])
-        self.target = nn.ModuleList([self.target_qf1, self.target_qf2])
+        self.qf = TwinCritic(*sizes)
+        self.target_qf = TwinCritic(*sizes)
+        self.live = nn.ModuleList([self.qf])
+        self.target = nn.ModuleList([self.target_qf])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
         # Scale of the offline rewards, applied to online ones too
@@ -193,41 +203,34 @@ class ICQ(Learner):
         # Critics: y = r + gamma * the weighted value of the action that follows in the data;
         # nothing is learned where the data breaks off. Weights above 1 could grow without bound.
         with torch.no_grad():
-            next_q1 = self.target_qf1(next_obs, next_actions)
-            next_q2 = self.target_qf2(next_obs, next_actions)
-            next_q = torch.minimum(next_q1, next_q2)
+            next_q = self.target_qf(next_obs, next_actions).amin(0)
             next_weights = batch_softmax(next_q / args.target_temperature, is_followed)
             next_weights = next_weights.clamp(max=1)
             target = rewards + args.gamma * is_followed * next_weights * next_q
             known = torch.maximum(is_followed, terminations)
             share = known / known.sum(1, keepdim=True).clamp(min=1)
-        q1, q2 = self.qf1(obs, actions), self.qf2(obs, actions)
-        qf1_loss = (share * (q1 - target).square()).sum(1)
-        qf2_loss = (share * (q2 - target).square()).sum(1)
-        step(self.qf_optimizer, qf1_loss + qf2_loss)
+        q = self.qf(obs, actions)  # (2, G, batch)
+        qf_loss = (share * (q - target).square()).sum(2)  # (2, G)
+        step(self.qf_optimizer, qf_loss)
 
         # Actor: the data's actions, weighted by the softmax of their advantage over the policy's.
         mean = self.actor(obs)
         with torch.no_grad():
             policy_actions = self.actor.sample(mean)
-            advantage = self.value_of(obs, actions) - self.value_of(obs, policy_actions)
+            advantage = self.qf(obs, actions).amin(0) - self.qf(obs, policy_actions).amin(0)
             weights = batch_softmax(advantage / args.temperature, torch.ones_like(advantage))
         actor_loss = -(weights * self.actor.log_prob(mean, actions)).mean(1)
         step(self.actor_optimizer, actor_loss)
 
         follow(self.target, self.live, args.tau)
         return {
-            "losses/qf1_loss": qf1_loss.detach(),
-            "losses/qf2_loss": qf2_loss.detach(),
-            "losses/qf1_values": q1.detach().mean(1),
+            "losses/qf1_loss": qf_loss[0].detach(),
+            "losses/qf2_loss": qf_loss[1].detach(),
+            "losses/qf1_values": q[0].detach().mean(1),
             "losses/actor_loss": actor_loss.detach(),
             "losses/largest_weight": weights.amax(1) / weights.shape[1],
             "losses/policy_std": mean_over_own(self.actor.log_std.detach().exp(), self.own),
         }
-
-    def value_of(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-        """The smaller of the live twin critics, of scaled observations: (G, batch)."""
-        return torch.minimum(self.qf1(obs, actions), self.qf2(obs, actions))
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
@@ -242,7 +245,7 @@ class ICQ(Learner):
     @torch.no_grad()
     def q_value(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """Q(s, a_i), the smaller of the live twin critics: (G, batch)."""
-        return self.value_of(self.scaled(obs), actions)
+        return self.qf(self.scaled(obs), actions).amin(0)
 
     @torch.no_grad()
     def value(self, obs: torch.Tensor) -> torch.Tensor:

@@ -24,10 +24,10 @@ from common import cli
 from common.cli import OfflineArgs, Positive, Share
 from common.loop import Training
 from common.nets import (
-    Critic,
     GaussianPolicy,
     Learner,
     SoftmaxPolicy,
+    TwinCritic,
     adam,
     follow,
     legal_actions,
@@ -92,14 +92,11 @@ class IQL(Learner):
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         self.actor = (SoftmaxPolicy if discrete else GaussianPolicy)(*sizes)
         self.vf = ValueNetwork(G, obs_dim, args.hidden_size)
-        self.qf1, self.qf2 = Critic(*sizes), Critic(*sizes)
-        self.target_qf1, self.target_qf2 = Critic(*sizes), Critic(*sizes)
-        self.live = nn.ModuleList([self.qf1, self.qf2])
-        self.target = nn.ModuleList([self.target_qf1, self.target_qf2])
-        self.target.load_state_dict(self.live.state_dict())
-        self.target.requires_grad_(False)
+        self.qf, self.target_qf = TwinCritic(*sizes), TwinCritic(*sizes)
+        self.target_qf.load_state_dict(self.qf.state_dict())
+        self.target_qf.requires_grad_(False)
         self.vf_optimizer = adam(self.vf.parameters(), args.learning_rate)
-        self.qf_optimizer = adam(self.live.parameters(), args.learning_rate)
+        self.qf_optimizer = adam(self.qf.parameters(), args.learning_rate)
         self.actor_optimizer = adam(self.actor.parameters(), args.learning_rate)
         self.optimizers = [self.vf_optimizer, self.qf_optimizer, self.actor_optimizer]
 
@@ -111,7 +108,7 @@ class IQL(Learner):
 
         # V: the expectile of the smaller target critic over the data's actions
         with torch.no_grad():
-            target_q = torch.minimum(self.target_qf1(obs, actions), self.target_qf2(obs, actions))
+            target_q = self.target_qf(obs, actions).amin(0)
         advantage = target_q - self.vf(obs)  # (G, batch)
         weight = (args.expectile - (advantage < 0).float()).abs()
         vf_loss = (weight * advantage.square()).mean(1)
@@ -126,16 +123,16 @@ class IQL(Learner):
         with torch.no_grad():
             rewards = args.reward_scale * batch["rewards"]
             target = rewards + args.gamma * (1 - batch["terminations"]) * self.vf(next_obs)
-        q1, q2 = self.qf1(obs, actions), self.qf2(obs, actions)
-        qf1_loss, qf2_loss = (q1 - target).square().mean(1), (q2 - target).square().mean(1)
-        step(self.qf_optimizer, qf1_loss + qf2_loss)
+        q = self.qf(obs, actions)  # (2, G, batch)
+        qf_loss = (q - target).square().mean(2)  # (2, G)
+        step(self.qf_optimizer, qf_loss)
 
-        follow(self.target, self.live, args.tau)
+        follow(self.target_qf, self.qf, args.tau)
         return {
             "losses/vf_loss": vf_loss.detach(),
-            "losses/qf1_loss": qf1_loss.detach(),
-            "losses/qf2_loss": qf2_loss.detach(),
-            "losses/qf1_values": q1.detach().mean(1),
+            "losses/qf1_loss": qf_loss[0].detach(),
+            "losses/qf2_loss": qf_loss[1].detach(),
+            "losses/qf1_values": q[0].detach().mean(1),
             "losses/actor_loss": actor_loss.detach(),
             "losses/mean_weight": weights.mean(1),
         }

@@ -24,9 +24,9 @@ from common import cli
 from common.cli import OfflineArgs, Share
 from common.loop import Training
 from common.nets import (
-    Critic,
     DeterministicActor,
     Learner,
+    TwinCritic,
     adam,
     follow,
     joint,
@@ -67,7 +67,7 @@ class Args(OfflineArgs):
 
 # --- Networks ---
 # Every tensor starts with the group dimension G: g = seed_index * num_agents + agent; what a team
-# has once, with S. The networks are common.nets.DeterministicActor and common.nets.Critic.
+# has once, with S. The networks are common.nets.DeterministicActor and common.nets.TwinCritic.
 
 
 # --- Learner ---
@@ -83,17 +83,13 @@ class MATD3BC(Learner):
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         team_sizes = (args.num_seeds, N * obs_dim, N * action_dim, args.hidden_size)
         self.actor, self.target_actor = DeterministicActor(*sizes), DeterministicActor(*sizes)
-        self.qf1, self.qf2 = Critic(*team_sizes), Critic(*team_sizes)
-        self.target_qf1, self.target_qf2 = Critic(*team_sizes), Critic(*team_sizes)
-        self.live = nn.ModuleList([self.actor, self.qf1, self.qf2])
-        self.target = nn.ModuleList([self.target_actor, self.target_qf1, self.target_qf2])
+        self.qf, self.target_qf = TwinCritic(*team_sizes), TwinCritic(*team_sizes)
+        self.live = nn.ModuleList([self.actor, self.qf])
+        self.target = nn.ModuleList([self.target_actor, self.target_qf])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
-        # Losses of the latest actor update, reported until the next
-        self.register_buffer("actor_loss", torch.zeros(G))
-        self.register_buffer("bc_loss", torch.zeros(G))
-        qf_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
-        self.qf_optimizer = adam(qf_parameters, args.critic_learning_rate)
+        self.keep_measured("qf1_loss", "qf2_loss", "qf1_values", "actor_loss", "bc_loss")
+        self.qf_optimizer = adam(self.qf.parameters(), args.critic_learning_rate)
         self.actor_optimizer = adam(self.actor.parameters(), args.actor_learning_rate)
         self.optimizers = [self.qf_optimizer, self.actor_optimizer]
 
@@ -112,33 +108,24 @@ class MATD3BC(Learner):
             noise = args.policy_noise * torch.randn_like(actions)
             noise = keep_own(noise.clamp(-args.noise_clip, args.noise_clip), self.own)
             next_actions = joint((self.target_actor(next_obs) + noise).clamp(-1, 1), N)
-            next_state = joint(next_obs, N)
-            next_q1 = self.target_qf1(next_state, next_actions)
-            next_q2 = self.target_qf2(next_state, next_actions)
+            next_q = self.target_qf(joint(next_obs, N), next_actions).amin(0)
             goes_on = args.gamma * (1 - batch["terminations"][::N])
-            target = batch["rewards"][::N] + goes_on * torch.minimum(next_q1, next_q2)
-        q1, q2 = self.qf1(state, joint_actions), self.qf2(state, joint_actions)
-        qf1_loss, qf2_loss = (q1 - target).square().mean(1), (q2 - target).square().mean(1)
-        step(self.qf_optimizer, qf1_loss + qf2_loss)
+            target = batch["rewards"][::N] + goes_on * next_q
+        q = self.qf(state, joint_actions)  # (2, S, batch)
+        qf_loss = (q - target).square().mean(2)  # (2, S)
+        step(self.qf_optimizer, qf_loss)
 
         if update_actor:
             # Actors: climb the first critic, relative to its mean magnitude, and clone the data.
             policy_actions = self.actor(obs)
-            q = self.q_of_own(state, actions, policy_actions)  # (G, batch)
-            weight = args.bc_alpha / q.detach().abs().mean(1)  # TD3+BC's lambda, (G,)
+            own_q = self.q_of_own(state, actions, policy_actions)  # (G, batch)
+            weight = args.bc_alpha / own_q.detach().abs().mean(1)  # TD3+BC's lambda, (G,)
             bc_loss = mean_over_own((policy_actions - actions).square(), self.own)
-            actor_loss = -weight * q.mean(1) + bc_loss
+            actor_loss = -weight * own_q.mean(1) + bc_loss
             step(self.actor_optimizer, actor_loss)
             follow(self.target, self.live, args.tau)
-            self.actor_loss.copy_(actor_loss.detach())
-            self.bc_loss.copy_(bc_loss.detach())
-        return {
-            "losses/qf1_loss": qf1_loss.detach().repeat_interleave(N),
-            "losses/qf2_loss": qf2_loss.detach().repeat_interleave(N),
-            "losses/qf1_values": q1.detach().mean(1).repeat_interleave(N),
-            "losses/actor_loss": self.actor_loss,
-            "losses/bc_loss": self.bc_loss,
-        }
+            self.report(actor_loss=actor_loss, bc_loss=bc_loss)
+        return self.report(qf1_loss=qf_loss[0], qf2_loss=qf_loss[1], qf1_values=q[0].mean(1))
 
     def q_of_own(self, state, actions, own_actions) -> torch.Tensor:
         """The team's first critic at each agent's own action, its teammates' as in the data: (S,
@@ -148,7 +135,7 @@ class MATD3BC(Learner):
         is_own = torch.eye(N, device=actions.device, dtype=torch.bool).view(N, N, 1, 1)
         changed = torch.where(is_own, own.unsqueeze(1), team.unsqueeze(1))  # (S, whose, N, ...)
         changed = changed.transpose(2, 3).flatten(3).flatten(1, 2)  # (S, N * batch, N * dim)
-        q = self.qf1(state.repeat(1, N, 1), changed)
+        q = self.qf.first(state.repeat(1, N, 1), changed)
         return q.unflatten(1, (N, batch)).flatten(0, 1)
 
     def kind(self, number: int, offline: bool) -> bool:

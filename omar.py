@@ -29,12 +29,12 @@ from common.loop import Training
 from common.nets import (
     DeterministicActor,
     Learner,
+    TwinCritic,
     adam,
     count_own,
     follow,
     keep_own,
     mean_over_own,
-    mlp,
     step,
 )
 from common.replay import Replay
@@ -170,20 +170,8 @@ COEFFICIENTS = {
 
 
 # --- Networks ---
-# Every tensor starts with the group dimension G: g = seed_index * num_agents + agent.
-
-
-class UnitCritic(nn.Module):
-    """Q(s, a_i), so many units as the network says."""
-
-    def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int):
-        super().__init__()
-        self.network = mlp(G, obs_dim + action_dim, hidden_size, 1)
-        self.register_buffer("unit", torch.ones(()))
-
-    def forward(self, obs, actions):
-        """(G, batch)"""
-        return self.unit * self.network(torch.cat([obs, actions], dim=2)).squeeze(2)
+# Every tensor starts with the group dimension G: g = seed_index * num_agents + agent. The networks
+# are common.nets.DeterministicActor and common.nets.TwinCritic.
 
 
 # --- Learner ---
@@ -210,19 +198,19 @@ class OMAR(Learner):
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         critic_sizes = (G, K * obs_dim, K * action_dim, args.hidden_size)
         self.actor, self.target_actor = DeterministicActor(*sizes), DeterministicActor(*sizes)
-        self.qf1, self.qf2 = UnitCritic(*critic_sizes), UnitCritic(*critic_sizes)
-        self.target_qf1, self.target_qf2 = UnitCritic(*critic_sizes), UnitCritic(*critic_sizes)
-        self.live = nn.ModuleList([self.actor, self.qf1, self.qf2])
-        self.target = nn.ModuleList([self.target_actor, self.target_qf1, self.target_qf2])
+        self.qf, self.target_qf = TwinCritic(*critic_sizes), TwinCritic(*critic_sizes)
+        self.live = nn.ModuleList([self.actor, self.qf])
+        self.target = nn.ModuleList([self.target_actor, self.target_qf])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
+        # Value that one unit of the critics' outputs stands for
+        self.register_buffer("unit", torch.ones(()))
         # The group of the k-th agent that g's critic sees, and whose critic sees g as its k-th
         g, k = torch.arange(G).unsqueeze(1), torch.arange(K)
         self.register_buffer("teammate", g // N * N + (g + k) % N, persistent=False)  # (G, K)
         self.register_buffer("seen_by", g // N * N + (g - k) % N, persistent=False)  # (G, K)
         self.register_buffer("place", k, persistent=False)
-        qf_parameters = [*self.qf1.parameters(), *self.qf2.parameters()]
-        self.qf_optimizer = adam(qf_parameters, args.critic_learning_rate)
+        self.qf_optimizer = adam(self.qf.parameters(), args.critic_learning_rate)
         self.actor_optimizer = adam(self.actor.parameters(), args.actor_learning_rate)
         self.optimizers = [self.qf_optimizer, self.actor_optimizer]
 
@@ -231,9 +219,7 @@ class OMAR(Learner):
         rewards as the critics' unit."""
         super().measure_scales(replay)
         given = self.args.value_unit
-        unit = replay.reward_std() + 1e-3 if given is None else torch.tensor(given)
-        for qf in (self.qf1, self.qf2, self.target_qf1, self.target_qf2):
-            qf.unit.copy_(unit)
+        self.unit.copy_(replay.reward_std() + 1e-3 if given is None else torch.tensor(given))
 
     def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One update of every network on a batch as `Replay.gather` returns it, or with --critic
@@ -250,34 +236,32 @@ class OMAR(Learner):
         # the conservative penalty.
         with torch.no_grad():
             next_actions = self.team_actions(self.target_actor, next_obs).flatten(2)
-            next_q1 = self.target_qf1(next_obs.flatten(2), next_actions)
-            next_q2 = self.target_qf2(next_obs.flatten(2), next_actions)
-            next_q = torch.minimum(next_q1, next_q2)
+            next_q = self.unit * self.target_qf(next_obs.flatten(2), next_actions).amin(0)
             target = batch["rewards"] + args.gamma * (1 - batch["terminations"]) * next_q
-        q1, q2 = (qf(obs.flatten(2), actions.flatten(2)) for qf in (self.qf1, self.qf2))
-        qf1_loss, qf2_loss = (q1 - target).square().mean(1), (q2 - target).square().mean(1)
-        gap1, gap2 = self.conservative_gap(obs, next_obs, actions, q1, q2)  # (G,) each
-        step(self.qf_optimizer, qf1_loss + qf2_loss + self.cql_alpha * (gap1 + gap2))
+        q = self.unit * self.qf(obs.flatten(2), actions.flatten(2))  # (2, G, batch)
+        qf_loss = (q - target).square().mean(2)  # (2, G)
+        gap = self.conservative_gap(obs, next_obs, actions, q)  # (2, G)
+        step(self.qf_optimizer, qf_loss + self.cql_alpha * gap)
 
         # Actor: climb the first critic, and approach the best action that the sampler finds.
         policy_actions = self.actor(own_obs)
-        q = self.q_at(self.qf1, obs, actions, policy_actions.unsqueeze(2)).squeeze(2)  # (G, batch)
-        actor_loss, sampler_losses = -(1 - self.coefficient) * q.mean(1), {}
+        own_q = self.q_at(self.qf.first, obs, actions, policy_actions.unsqueeze(2)).squeeze(2)
+        actor_loss, sampler_losses = -(1 - self.coefficient) * own_q.mean(1), {}
         if self.coefficient > 0:  # else MA-CQL, which needs no sampler
             best_actions, best_q = self.best_actions(obs, actions, policy_actions.detach())
             regression = mean_over_own((policy_actions - best_actions).square(), self.own)
             actor_loss = actor_loss + self.coefficient * regression
             sampler_losses["losses/regression_loss"] = regression.detach()
-            sampler_losses["losses/sampler_gain"] = (best_q - q.detach()).mean(1)
+            sampler_losses["losses/sampler_gain"] = (best_q - own_q.detach()).mean(1)
         step(self.actor_optimizer, actor_loss)
         bc_error = mean_over_own((policy_actions.detach() - own_actions).square(), self.own)
 
         follow(self.target, self.live, args.tau)
         return {
-            "losses/qf1_loss": qf1_loss.detach(),
-            "losses/qf2_loss": qf2_loss.detach(),
-            "losses/qf1_values": q1.detach().mean(1),
-            "losses/conservative_gap": (gap1 + gap2).detach() / 2,
+            "losses/qf1_loss": qf_loss[0].detach(),
+            "losses/qf2_loss": qf_loss[1].detach(),
+            "losses/qf1_values": q[0].detach().mean(1),
+            "losses/conservative_gap": gap.detach().mean(0),
             "losses/actor_loss": actor_loss.detach(),
             "losses/bc_error": bc_error,
             **sampler_losses,
@@ -299,18 +283,19 @@ class OMAR(Learner):
         actions = actor(by_policy).unflatten(1, (K, batch))
         return actions[self.teammate, self.place].transpose(1, 2)
 
-    def q_at(self, qf: nn.Module, obs, actions, own_actions) -> torch.Tensor:
+    def q_at(self, qf, obs, actions, own_actions) -> torch.Tensor:
         """Q of n own actions per state, the teammates' as in the data: (G, batch, K, obs_dim),
-        (G, batch, K, action_dim), (G, batch, n, action_dim) -> (G, batch, n)."""
+        (G, batch, K, action_dim), (G, batch, n, action_dim) -> (G, batch, n), of twins (2, G,
+        batch, n)."""
         n = own_actions.shape[2]
         others = actions[:, :, 1:].flatten(2).unsqueeze(2).expand(-1, -1, n, -1)
         joint = torch.cat([own_actions, others], dim=3).flatten(1, 2)
         obs = obs.flatten(2).repeat_interleave(n, dim=1)
-        return qf(obs, joint).unflatten(1, (-1, n))
+        return self.unit * qf(obs, joint).unflatten(-1, (-1, n))
 
-    def conservative_gap(self, obs, next_obs, actions, q1, q2):
+    def conservative_gap(self, obs, next_obs, actions, q) -> torch.Tensor:
         """logsumexp of each critic over sampled own actions, each Q less the log of its density,
-        minus its Q of the data's action, (G, batch): (G,) each."""
+        minus its Q of the data's action, (2, G, batch): (2, G)."""
         n = self.args.num_penalty_actions
         shape = (*actions.shape[:2], n, actions.shape[3])
         uniform = keep_own(2 * torch.rand_like(actions[:, :, :1].expand(shape)) - 1, self.own)
@@ -326,10 +311,8 @@ class OMAR(Learner):
                 log_normal = -0.5 * noise.square() - math.log(std * math.sqrt(2 * math.pi))
                 log_density.append(keep_own(log_normal, self.own).sum(3))
         sampled, log_density = torch.cat(sampled, dim=2), torch.cat(log_density, dim=2)
-        return [
-            ((self.q_at(qf, obs, actions, sampled) - log_density).logsumexp(2) - q).mean(1)
-            for qf, q in ((self.qf1, q1), (self.qf2, q2))
-        ]
+        q_sampled = self.q_at(self.qf, obs, actions, sampled)  # (2, G, batch, n)
+        return ((q_sampled - log_density).logsumexp(3) - q).mean(2)
 
     @torch.no_grad()
     def best_actions(self, obs, actions, policy_actions) -> tuple[torch.Tensor, torch.Tensor]:
@@ -342,7 +325,7 @@ class OMAR(Learner):
         for _ in range(args.sampler_rounds):
             noise = keep_own(torch.randn(*shape, device=obs.device), self.own)
             samples = torch.cat([kept, (mean + std * noise).clamp(-1, 1)], dim=2)
-            q = self.q_at(self.qf1, obs, actions, samples)  # (G, batch, n)
+            q = self.q_at(self.qf.first, obs, actions, samples)  # (G, batch, n)
             if args.refit == "elite":
                 best = q.topk(args.elites, dim=2).indices.unsqueeze(3)
                 kept = samples.gather(2, best.expand(-1, -1, -1, shape[3]))
@@ -351,7 +334,7 @@ class OMAR(Learner):
                 mean = (q.softmax(2).unsqueeze(3) * samples).sum(2, keepdim=True)
                 std = (samples - mean).square().mean(2, keepdim=True).sqrt()
         samples = torch.cat([samples, policy_actions.unsqueeze(2)], dim=2)
-        own_q = self.q_at(self.qf1, obs, actions, policy_actions.unsqueeze(2))
+        own_q = self.q_at(self.qf.first, obs, actions, policy_actions.unsqueeze(2))
         best_q, best = torch.cat([q, own_q], dim=2).max(2, keepdim=True)  # (G, batch, 1)
         best = best.unsqueeze(3).expand(-1, -1, 1, shape[3])
         return samples.gather(2, best).squeeze(2), best_q.squeeze(2)
@@ -374,8 +357,7 @@ class OMAR(Learner):
         centralised and would need the teammates'."""
         if self.args.critic == "centralised":
             return torch.full(obs.shape[:2], torch.nan, device=obs.device)
-        obs = self.scaled(obs)
-        return torch.minimum(self.qf1(obs, actions), self.qf2(obs, actions))
+        return self.unit * self.qf(self.scaled(obs), actions).amin(0)
 
     @torch.no_grad()
     def value(self, obs: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from common.loop import Training
 from common.nets import (
     Learner,
     Linear,
+    TwinCritic,
     adam,
     follow,
     joint,
@@ -137,21 +138,7 @@ def preset(args: Args) -> dict:
 
 # --- Networks ---
 # Every tensor starts with the group dimension G: g = seed_index * num_agents + agent; what is one
-# per team with the number of seeds S.
-
-
-class JointValue(nn.Module):
-    """Q(s, a) or V(s) of S teams, so many units as the network says."""
-
-    def __init__(self, S: int, in_features: int, hidden_size: int):
-        super().__init__()
-        self.network = mlp(S, in_features, hidden_size, 1)
-        self.register_buffer("unit", torch.ones(()))
-
-    def forward(self, *inputs):
-        """All agents' observations (S, batch, N * obs_dim), of Q their actions as well -> (S,
-        batch)."""
-        return self.unit * self.network(torch.cat(inputs, dim=2)).squeeze(2)
+# per team with the number of seeds S. Critics are common.nets.TwinCritic.
 
 
 class Denoiser(nn.Module):
@@ -215,15 +202,13 @@ class OMSD(Learner):
         self.args, self.settings = args, preset(args)
         self.S, self.N = S, N = args.num_seeds, G // args.num_seeds
         self.model_updates = args.offline_updates - args.policy_updates
-        sizes = S, N * obs_dim, args.hidden_size
-        q_sizes = S, N * (obs_dim + action_dim), args.hidden_size
-        self.vf = JointValue(*sizes)
-        self.qf1, self.qf2 = JointValue(*q_sizes), JointValue(*q_sizes)
-        self.target_qf1, self.target_qf2 = JointValue(*q_sizes), JointValue(*q_sizes)
-        self.live = nn.ModuleList([self.qf1, self.qf2])
-        self.target = nn.ModuleList([self.target_qf1, self.target_qf2])
-        self.target.load_state_dict(self.live.state_dict())
-        self.target.requires_grad_(False)
+        sizes = S, N * obs_dim, N * action_dim, args.hidden_size
+        self.vf = mlp(S, N * obs_dim, args.hidden_size, 1)
+        self.qf, self.target_qf = TwinCritic(*sizes), TwinCritic(*sizes)
+        self.target_qf.load_state_dict(self.qf.state_dict())
+        self.target_qf.requires_grad_(False)
+        # Value that one unit of the critics' outputs stands for
+        self.register_buffer("unit", torch.ones(()))
         self.actor = mlp(G, obs_dim, args.hidden_size, action_dim)
 
         is_joint = args.score == "joint"  # one network per team
@@ -252,7 +237,7 @@ class OMSD(Learner):
         )
         rate = torch.tensor(args.learning_rate)  # as a tensor it can change in a captured graph
         self.vf_optimizer = adam(self.vf.parameters(), args.learning_rate)
-        self.qf_optimizer = adam(self.live.parameters(), args.learning_rate)
+        self.qf_optimizer = adam(self.qf.parameters(), args.learning_rate)
         self.denoiser_optimizer = adam(self.denoiser.parameters(), rate.clone())
         # One per turn: Adam leaves those alone whose gradients have always been 0
         self.actor_optimizers = [adam(self.actor.parameters(), rate.clone()) for _ in turns]
@@ -264,9 +249,7 @@ class OMSD(Learner):
         rewards as the critics' unit."""
         super().measure_scales(replay)
         given = self.args.value_unit
-        unit = replay.reward_std() + 1e-3 if given is None else torch.tensor(given)
-        for value in (self.vf, *self.live, *self.target):
-            value.unit.copy_(unit)
+        self.unit.copy_(replay.reward_std() + 1e-3 if given is None else torch.tensor(given))
 
     def kind(self, number: int, offline: bool) -> str:
         """What update `number` trains: critics and denoisers, or policies."""
@@ -306,19 +289,20 @@ class OMSD(Learner):
         obs, next_obs, actions = (joint(batch[k], self.N) for k in ("obs", "next_obs", "actions"))
         rewards, terminations = (batch[k][:: self.N] for k in ("rewards", "terminations"))
         with torch.no_grad():
-            target_q = torch.minimum(self.target_qf1(obs, actions), self.target_qf2(obs, actions))
-            target = rewards + args.gamma * (1 - terminations) * self.vf(next_obs)
-        above = target_q - self.vf(obs)
+            target_q = self.unit * self.target_qf(obs, actions).amin(0)
+            next_value = self.unit * self.vf(next_obs).squeeze(2)
+            target = rewards + args.gamma * (1 - terminations) * next_value
+        above = target_q - self.unit * self.vf(obs).squeeze(2)  # (S, batch)
         expectile_weights = (self.settings["expectile"] - (above < 0).float()).abs()
         vf_loss = (expectile_weights * above.square()).mean(1)
         step(self.vf_optimizer, vf_loss)
 
-        q1, q2 = self.qf1(obs, actions), self.qf2(obs, actions)
-        qf1_loss, qf2_loss = (q1 - target).square().mean(1), (q2 - target).square().mean(1)
-        step(self.qf_optimizer, qf1_loss + qf2_loss)
-        follow(self.target, self.live, args.tau)
-        losses = {"vf_loss": vf_loss, "qf1_loss": qf1_loss, "qf2_loss": qf2_loss}
-        return losses | {"qf1_values": q1.mean(1)}
+        q = self.unit * self.qf(obs, actions)  # (2, S, batch)
+        qf_loss = (q - target).square().mean(2)  # (2, S)
+        step(self.qf_optimizer, qf_loss)
+        follow(self.target_qf, self.qf, args.tau)
+        losses = {"vf_loss": vf_loss, "qf1_loss": qf_loss[0], "qf2_loss": qf_loss[1]}
+        return losses | {"qf1_values": q[0].mean(1)}
 
     def update_denoisers(self, obs: torch.Tensor, actions: torch.Tensor) -> dict[str, torch.Tensor]:
         """Every denoiser predicts the noise in the data's actions, the prefix being the data's."""
@@ -383,7 +367,7 @@ class OMSD(Learner):
             score_drive = WEIGHTS[settings["score_weight"]](alpha, sigma) * found
             score_drive = of_each(score_drive, self.N) if args.score == "joint" else score_drive
         obs, actions = joint(obs, self.N), joint(actions, self.N).requires_grad_()
-        q = (self.target_qf1(obs, actions) + self.target_qf2(obs, actions)) / 2
+        q = self.unit * self.target_qf(obs, actions).mean(0)
         gradient = of_each(torch.autograd.grad(q.sum(), actions)[0], self.N)
         if args.normalize_q:
             rms = mean_over_own(gradient.square(), self.own).sqrt()  # (G,)

@@ -29,19 +29,17 @@ class Args:
     """states, each with its own noise"""
 
 
-class TwoPeaks(torch.nn.Module):
-    """Height 1 at -0.6, broad; height 2 at 0.7, narrow."""
-
-    def forward(self, obs, actions):
-        a = actions[..., 0]
-        return torch.exp(-((a + 0.6) ** 2) / 0.18) + 2 * torch.exp(-((a - 0.7) ** 2) / 0.05)
+def two_peaks(obs, actions):
+    """Q of height 1 at -0.6, broad, and 2 at 0.7, narrow."""
+    a = actions[..., 0]
+    return torch.exp(-((a + 0.6) ** 2) / 0.18) + 2 * torch.exp(-((a - 0.7) ** 2) / 0.05)
 
 
 def climb(start: torch.Tensor, steps: int = 2000, rate: float = 0.01) -> torch.Tensor:
     """Gradient ascent on Q from actions (1, states, 1)."""
     action = start.clone().requires_grad_()
     for _ in range(steps):
-        (gradient,) = torch.autograd.grad(TwoPeaks()(None, action).sum(), action)
+        (gradient,) = torch.autograd.grad(two_peaks(None, action).sum(), action)
         action.data += rate * gradient
     return action.detach()
 
@@ -50,7 +48,7 @@ def sample(start: torch.Tensor, **options) -> torch.Tensor:
     """The sampler's best actions (1, states, 1)."""
     torch.manual_seed(0)
     agent = omar.OMAR(1, 1, 1, omar.Args(**options))
-    agent.qf1 = TwoPeaks()
+    agent.qf.first = two_peaks
     team = torch.zeros(1, start.shape[1], 1, 1)
     return agent.best_actions(team, team, start)[0]
 
@@ -64,7 +62,7 @@ def main(args: Args) -> None:
             found[f"{refit}, {samples} samples"] = sample(start, **options)
     rows = []
     for name, actions in found.items():
-        q = TwoPeaks()(None, actions)
+        q = two_peaks(None, actions)
         share = (actions > 0.4).float().mean().item()
         rows.append({"method": name, "share_at_higher_peak": share, "mean_q": q.mean().item()})
         print(f"{name:22} at the higher peak {100 * share:5.1f} %   mean Q {q.mean():.2f}")
@@ -75,12 +73,12 @@ def main(args: Args) -> None:
 
         a = torch.linspace(-1, 1, 401).view(1, -1, 1)
         plt.figure(figsize=(7, 3))
-        plt.plot(a.flatten(), TwoPeaks()(None, a).flatten(), color="black", label="Q(s, a)")
-        q_start = TwoPeaks()(None, start[:, :1]).flatten()
+        plt.plot(a.flatten(), two_peaks(None, a).flatten(), color="black", label="Q(s, a)")
+        q_start = two_peaks(None, start[:, :1]).flatten()
         plt.plot(start[0, :1, 0], q_start, "o", color="black", label="policy")
         for name, marker in (("softmax, 10 samples", "x"), ("gradient", "^")):
             actions = found[name][0, :60, 0]
-            q = TwoPeaks()(None, found[name][:, :60]).flatten()
+            q = two_peaks(None, found[name][:, :60]).flatten()
             plt.plot(actions, q, marker, label=name, markersize=9)
         plt.xlabel("action")
         plt.legend()

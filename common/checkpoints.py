@@ -9,7 +9,7 @@ import torch
 
 from common import InputError, flag
 
-FORMAT = 3  # of checkpoints; 1 and before had none
+FORMAT = 4  # of checkpoints; 1 and before had none
 
 
 def write_beside(path: Path, content: bytes) -> None:

@@ -72,9 +72,7 @@ def plain_mlp(network, x, g):
 
 
 def twins(agent, name="qf"):
-    """An agent's two critics: of a stack, each as a module on the stack's memory, gradients too."""
-    if hasattr(agent, f"{name}1"):
-        return getattr(agent, f"{name}1"), getattr(agent, f"{name}2")
+    """An agent's two critics, each as a module on their stack's memory, gradients too."""
     stack = getattr(agent, name)
     half = len(stack.network[0].weight) // 2
     found = []
@@ -92,7 +90,7 @@ def twins(agent, name="qf"):
 
 def by_group(name, parameter, num_groups):
     """(num_groups, ...), the groups' own parts of a stack: of twins, one network after another."""
-    if name.startswith(("qf.", "target_qf.")):
+    if name.startswith(("qf.network.", "target_qf.network.")):
         return parameter.unflatten(0, (-1, num_groups)).transpose(0, 1)
     return parameter.unflatten(0, (num_groups, -1))
 

@@ -14,6 +14,7 @@ from tests.helpers import (
     random_batch,
     random_team,
     set_scales,
+    twins,
 )
 
 
@@ -51,16 +52,16 @@ def losses_by_hand(agent, batch, sampled, g, constants=None):
     def smaller(first, second, s, a):
         return min(q(first, s, a), q(second, s, a))
 
+    live = twins(agent)
     if constants is None:
         rows = [b for b in range(size) if data["is_followed"][b]]
-        twins = agent.target_qf1, agent.target_qf2
-        following = {b: smaller(*twins, s2[b], data["next_actions"][b]) for b in rows}
+        target = twins(agent, "target_qf")
+        following = {b: smaller(*target, s2[b], data["next_actions"][b]) for b in rows}
         total = sum(np.exp(v / args.target_temperature) for v in following.values())
         y = agent.reward_scale.item() * data["rewards"]
         for b, v in following.items():
             weight = len(rows) * np.exp(v / args.target_temperature) / total
             y[b] += args.gamma * min(weight, 1) * v
-        live = agent.qf1, agent.qf2
         advantage = [
             smaller(*live, s[b], data["actions"][b]) - smaller(*live, s[b], sampled[g, b].numpy())
             for b in range(size)
@@ -77,8 +78,7 @@ def losses_by_hand(agent, batch, sampled, g, constants=None):
         )
         log_probs.append(np.sum(-0.5 * x**2 - log_std - 0.5 * np.log(2 * np.pi)))
     errors = [
-        np.mean([(q(qf, s[b], data["actions"][b]) - y[b]) ** 2 for b in known])
-        for qf in (agent.qf1, agent.qf2)
+        np.mean([(q(qf, s[b], data["actions"][b]) - y[b]) ** 2 for b in known]) for qf in live
     ]
     losses = {"losses/qf1_loss": errors[0], "losses/qf2_loss": errors[1]}
     return losses | {"losses/actor_loss": -np.mean(weights * np.array(log_probs))}, constants
@@ -109,7 +109,8 @@ def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch):
     for g, (expected, _) in enumerate(by_hand):
         for name, value in expected.items():
             assert losses[name][g].item() == pytest.approx(value, rel=1e-8), name
-    for name, part in (("actor", agent.actor), ("qf1", agent.qf1), ("qf2", agent.qf2)):
+    names = ("actor", "qf1", "qf2")
+    for name, part in zip(names, (agent.actor, *twins(agent)), strict=True):
         parameters = list(part.parameters())
         for g in groups:
             direction = [torch.zeros_like(p) for p in parameters]

@@ -16,7 +16,16 @@ from maiql import MAIQL
 from maiql import Args as MAIQLArgs
 from matd3bc import MATD3BC
 from matd3bc import Args as MATD3BCArgs
-from tests.helpers import ACTION_DIM, OBS_DIM, plain_mlp, random_batch, random_team, set_scales
+from tests.helpers import (
+    ACTION_DIM,
+    OBS_DIM,
+    by_group,
+    plain_mlp,
+    random_batch,
+    random_team,
+    set_scales,
+    twins,
+)
 
 # --- Policies ---
 
@@ -105,9 +114,9 @@ def test_maiql_of_one_agent_whose_mixers_pass_values_on_is_iql():
         getattr(team, name).copy_(getattr(one, name))
     team.actor.load_state_dict(one.actor.state_dict())
     team.vf.network.load_state_dict(one.vf.network.state_dict())
-    for mine, theirs in ((team.qf, (one.qf1, one.qf2)), (team.target_qf, (one.qf1, one.qf2))):
-        mine.qf1.load_state_dict(theirs[0].state_dict())
-        mine.qf2.load_state_dict(theirs[1].state_dict())
+    for mine in (team.qf, team.target_qf):
+        for its, theirs in zip((mine.qf1, mine.qf2), twins(one), strict=True):
+            its.load_state_dict(theirs.state_dict())
     passing = torch.tensor([1.0, 0.0])  # weight 1, bias 0
     for module in (team.vf, team.qf, team.target_qf):
         module.mixer.forward = lambda values, seen: passing[0] * values + passing[1] * seen.sum(2)
@@ -182,17 +191,21 @@ def test_a_seeds_team_learns_in_the_stack_as_it_does_alone():
         torch.manual_seed(0)
         both = kind(4, OBS_DIM, ACTION_DIM, args_type(num_seeds=2, **options)).double()
         alone = kind(2, OBS_DIM, ACTION_DIM, args_type(num_seeds=1, **options)).double()
+        pairs = [
+            (one, by_group(name, many.detach(), 2)[1])
+            for one, (name, many) in zip(alone.parameters(), both.named_parameters(), strict=True)
+        ]
         with torch.no_grad():
-            for one, many in zip(alone.parameters(), both.parameters(), strict=True):
-                one.copy_(many[len(many) // 2 :])
+            for one, many in pairs:
+                one.copy_(many)
         for number in range(1, 7):
             batch = {k: v.double() for k, v in random_batch(4, seed=number).items()}
             batch["rewards"][:2] *= 100
             turn = (number % 2 == 0,) if kind is MATD3BC else ()
             both.update(batch, *turn)
             alone.update({k: v[2:] for k, v in batch.items()}, *turn)
-        for one, many in zip(alone.parameters(), both.parameters(), strict=True):
-            torch.testing.assert_close(one, many[len(many) // 2 :], rtol=1e-9, atol=1e-12)
+        for one, many in pairs:
+            torch.testing.assert_close(one.detach(), many, rtol=1e-9, atol=1e-12)
 
 
 def test_gradients_are_shortened_per_team():
@@ -235,15 +248,15 @@ def test_matd3bcs_losses_equal_a_loop_in_float64():
             following = [policy(x, s * N + i) for i, x in enumerate(o2)]
             q2 = min(
                 plain_mlp(qf.network, np.concatenate([*o2, *following]), s)[0]
-                for qf in (before.qf1, before.qf2)
+                for qf in twins(before, "target_qf")
             )
             r, end = batch["rewards"][s * N, b].item(), batch["terminations"][s * N, b].item()
             y = r + 0.99 * (1 - end) * q2
-            q1 = plain_mlp(before.qf1.network, np.concatenate([*o, *a]), s)[0]
+            q1 = plain_mlp(before.qf.network, np.concatenate([*o, *a]), s)[0]
             errors.append((q1 - y) ** 2)
             for i in range(N):  # by the critics after their step
                 changed = [policy(x, s * N + j) if i == j else a[j] for j, x in enumerate(o)]
-                q_own[i, b] = plain_mlp(agent.qf1.network, np.concatenate([*o, *changed]), s)[0]
+                q_own[i, b] = plain_mlp(agent.qf.network, np.concatenate([*o, *changed]), s)[0]
         for i in range(N):
             g = s * N + i
             assert losses["losses/qf1_loss"][g].item() == pytest.approx(np.mean(errors))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.omar_sampler import TwoPeaks, climb
+from benchmarks.omar_sampler import climb, two_peaks
 from common.replay import Replay
 from omar import COEFFICIENTS, OMAR, Args
 from tests.helpers import (
@@ -19,6 +19,7 @@ from tests.helpers import (
     random_batch,
     random_team,
     set_scales,
+    twins,
 )
 
 # --- The zeroth-order sampler ---
@@ -32,7 +33,7 @@ def made(num_agents=1, **options):
 @pytest.mark.parametrize("options", [{"refit": "softmax"}, {"refit": "elite"}])
 def test_the_sampler_finds_the_higher_peak_where_gradient_ascent_does_not(options):
     agent = made(sampler_samples=40, **options)
-    agent.qf1 = TwoPeaks()
+    agent.qf.first = two_peaks
     start = torch.full((1, 200, 1), -0.4)
     obs, data = torch.zeros(1, 200, 1, 1), torch.zeros(1, 200, 1, 1)
     assert (climb(start) + 0.6).abs().max() < 0.01
@@ -40,7 +41,7 @@ def test_the_sampler_finds_the_higher_peak_where_gradient_ascent_does_not(option
     share = (found > 0.4).float().mean()  # of the states, at the higher peak
     assert share > 0.9, share
     # never worse than the policy's own action
-    assert (agent.qf1(None, found) >= agent.qf1(None, start)).all()
+    assert (two_peaks(None, found) >= two_peaks(None, start)).all()
 
 
 @pytest.mark.parametrize("refit", ["softmax", "elite"])
@@ -75,7 +76,7 @@ def test_the_sampler_equals_a_loop_over_states(monkeypatch, refit):
             s = batch["obs"][g, b].numpy()
 
             def q(a, s=s, g=g):
-                return plain_mlp(agent.qf1.network, np.concatenate([s, a]), g)[0]
+                return plain_mlp(agent.qf.network, np.concatenate([s, a]), g)[0]
 
             mean, std, elites = own[g, b].numpy(), np.full(ACTION_DIM, 0.7), []
             for noise in drawn:
@@ -100,7 +101,8 @@ def test_the_sampler_equals_a_loop_over_states(monkeypatch, refit):
 
 
 def losses_by_hand(agent, batch, uniform, noise, best, g):
-    """Group g's losses in float64, state by state; `noise` of the penalised policy actions."""
+    """Group g's losses in float64, state by state, and what the actor and each critic descend;
+    `noise` of the penalised policy actions."""
     args, data = agent.args, {key: value[g].double().numpy() for key, value in batch.items()}
     mean, std = (b[g, 0].double().numpy() for b in (agent.obs_mean, agent.obs_std))
 
@@ -108,13 +110,14 @@ def losses_by_hand(agent, batch, uniform, noise, best, g):
         return np.tanh(plain_mlp(actor.network, s, g))
 
     def q(qf, s, a):
-        return qf.unit.item() * plain_mlp(qf.network, np.concatenate([s, a]), g)[0]
+        return agent.unit.item() * plain_mlp(qf.network, np.concatenate([s, a]), g)[0]
 
-    errors, gaps, regression, own_q = ([], []), [], [], []
+    live, target = twins(agent), twins(agent, "target_qf")
+    errors, gaps, regression, own_q = ([], []), [[], []], [], []
     for b in range(len(data["rewards"])):
         s, s2 = ((data[key][b] - mean) / std for key in ("obs", "next_obs"))
         a, a2 = data["actions"][b], policy(agent.target_actor, s2)
-        smaller = min(q(agent.target_qf1, s2, a2), q(agent.target_qf2, s2, a2))
+        smaller = min(q(qf, s2, a2) for qf in target)
         y = data["rewards"][b] + args.gamma * (1 - data["terminations"][b]) * smaller
         sampled = [(2 * x - 1, -ACTION_DIM * np.log(2)) for x in uniform[g, b].numpy()]
         for its_s, its_noise in zip((s, s2), noise, strict=False):
@@ -123,20 +126,21 @@ def losses_by_hand(agent, batch, uniform, noise, best, g):
                 action = np.clip(policy(agent.actor, its_s) + scale * x, -1, 1)
                 density = np.exp(-0.5 * x**2) / (scale * np.sqrt(2 * np.pi))
                 sampled.append((action, np.log(density).sum()))
-        for qf, its_errors in zip((agent.qf1, agent.qf2), errors, strict=True):
+        for qf, its_errors, its_gaps in zip(live, errors, gaps, strict=True):
             its_errors.append((q(qf, s, a) - y) ** 2)
-            gaps.append(np.log(sum(np.exp(q(qf, s, x) - d) for x, d in sampled)) - q(qf, s, a))
+            its_gaps.append(np.log(sum(np.exp(q(qf, s, x) - d) for x, d in sampled)) - q(qf, s, a))
         pi = policy(agent.actor, s)
-        own_q.append(q(agent.qf1, s, pi))
+        own_q.append(q(live[0], s, pi))
         regression.append(np.mean((pi - best[g, b].double().numpy()) ** 2))
-    c = agent.coefficient
-    return {
-        "losses/qf1_loss": np.mean(errors[0]),
-        "losses/qf2_loss": np.mean(errors[1]),
+    c, errors, gaps = agent.coefficient, np.mean(errors, 1), np.mean(gaps, 1)
+    losses = {
+        "losses/qf1_loss": errors[0],
+        "losses/qf2_loss": errors[1],
         "losses/conservative_gap": np.mean(gaps),
         "losses/regression_loss": np.mean(regression),
         "losses/actor_loss": c * np.mean(regression) - (1 - c) * np.mean(own_q),
     }
+    return losses, [losses["losses/actor_loss"], *(errors + agent.cql_alpha * gaps)]
 
 
 @pytest.mark.parametrize("penalise_policy", [False, True])
@@ -147,8 +151,7 @@ def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch, p
     args.penalise_policy, args.penalty_noise, args.num_penalty_actions = penalise_policy, 0.4, 3
     agent, groups = OMAR(3, OBS_DIM, ACTION_DIM, args).double(), range(3)
     set_scales(agent)
-    for qf in (agent.qf1, agent.qf2, agent.target_qf1, agent.target_qf2):
-        qf.unit.fill_(3.0)
+    agent.unit.fill_(3.0)
     with torch.no_grad():
         for p in agent.target.parameters():  # of their own: a live network in their place shows
             p += 0.1 * torch.randn_like(p)
@@ -177,22 +180,18 @@ def test_losses_and_gradients_equal_a_brute_force_without_batches(monkeypatch, p
     noise = noise[:2] if penalise_policy else []  # what follows is the sampler's
     hand = (agent, batch, uniform[0], noise, best[0])
     for g in groups:
-        for name, value in losses_by_hand(*hand, g).items():
+        for name, value in losses_by_hand(*hand, g)[0].items():
             assert losses[name][g].item() == pytest.approx(value, rel=1e-8), name
 
-    for part, weights in (
-        (agent.actor, {"actor_loss": 1.0}),
-        (agent.live[1:], {"qf1_loss": 1.0, "qf2_loss": 1.0, "conservative_gap": 6.0}),
-    ):
+    for number, part in enumerate((agent.actor, *twins(agent))):
         parameters = list(part.parameters())
         for g in groups:
             direction = [torch.zeros_like(p) for p in parameters]
             for d in direction:
                 d[g] = torch.randn_like(d[g])
 
-            def loss(weights=weights, g=g):
-                values = losses_by_hand(*hand, g)
-                return sum(w * values[f"losses/{name}"] for name, w in weights.items())
+            def loss(number=number, g=g):
+                return losses_by_hand(*hand, g)[1][number]
 
             slope = sum((p.grad * d).sum() for p, d in zip(parameters, direction, strict=True))
             expected = central_difference(parameters, direction, loss)
@@ -206,7 +205,7 @@ def actors_gradient(coefficient, scale=1.0):
     for group in agent.qf_optimizer.param_groups:
         group["lr"] = 0.0
     with torch.no_grad():
-        for p in agent.qf1.network[-1].parameters():
+        for p in agent.qf.network[-1].parameters():
             p *= scale
     batch = random_batch(2)
     agent.best_actions = lambda obs, actions, own: (torch.full_like(own, 0.3), own[..., 0])
@@ -218,7 +217,7 @@ def test_coefficient_0_leaves_the_gradient_of_q_alone():
     agent, batch, gradient = actors_gradient(0.0)
     torch.manual_seed(0)
     fresh = OMAR(2, OBS_DIM, ACTION_DIM, Args())  # the same start
-    loss = -fresh.qf1(batch["obs"], fresh.actor(batch["obs"])).mean(1).sum()
+    loss = -fresh.qf.first(batch["obs"], fresh.actor(batch["obs"])).mean(1).sum()
     expected = torch.autograd.grad(loss, list(fresh.actor.parameters()))
     torch.testing.assert_close(gradient, list(expected))
 
@@ -283,7 +282,7 @@ def test_centralised_critics_see_the_team_and_keep_seeds_apart():
         for _ in range(3):
             losses = agent.update(changed)
         assert all(loss.shape == (6,) and loss.isfinite().all() for loss in losses.values())
-        ends.append([p.detach() for p in agent.qf1.parameters()])
+        ends.append([p.detach() for p in twins(agent)[0].parameters()])
     same, teammate, other_seed = ends
     assert all(torch.equal(a[:3], b[:3]) for a, b in zip(same, other_seed, strict=True))
     assert any(not torch.equal(a[3:], b[3:]) for a, b in zip(same, other_seed, strict=True))

@@ -16,6 +16,7 @@ from tests.helpers import (
     ACTION_DIM,
     OBS_DIM,
     Watch,
+    by_group,
     random_batch,
     random_team,
     set_scales,
@@ -58,7 +59,7 @@ class Function(torch.nn.Module):
 
 
 def set_critics(agent, function):
-    agent.target_qf1 = agent.target_qf2 = Function(function)
+    agent.target_qf.forward = lambda *inputs: function(*inputs).expand(2, -1, -1)
 
 
 class Noise:
@@ -350,7 +351,7 @@ def test_one_agent_learns_as_in_srpo(monkeypatch, score, weight):
         torch.manual_seed(5)
         set_scales(each)
         with torch.no_grad():
-            for p in each.target.parameters():
+            for p in each.target_qf.parameters():
                 p += 0.1 * torch.randn_like(p)
         each.made.fill_(each.model_updates)
     batches = [double(team_batch(1, size=16, seed=i)) for i in range(20)]
@@ -374,8 +375,8 @@ def test_one_agent_learns_as_in_srpo(monkeypatch, score, weight):
         with torch.no_grad():
             e = plain_denoiser(reference.denoiser, alpha * fixed + sigma * z, s, t)
         qs = [
-            qf.unit * plain(qf.network, torch.cat([s, fixed], 1)).sum()
-            for qf in (reference.target_qf1, reference.target_qf2)
+            reference.unit * plain(reference.target_qf.network, torch.cat([s, fixed], 1), k).sum()
+            for k in (0, 1)
         ]
         (guidance,) = torch.autograd.grad(sum(qs) / 2, fixed)
         w = {"vds": sigma**2, "one": 1.0, "ratio": alpha / sigma}[weight]
@@ -390,10 +391,9 @@ def test_one_agent_learns_as_in_srpo(monkeypatch, score, weight):
 
 def test_losses_of_the_critics_and_denoisers_equal_a_loop_over_rows(monkeypatch):
     agent = made(2, expectile=0.8, learning_rate=0.0, tau=0.0).double()
-    for value in (agent.vf, *agent.live, *agent.target):
-        value.unit.fill_(3.0)
+    agent.unit.fill_(3.0)
     with torch.no_grad():
-        for p in agent.target.parameters():
+        for p in agent.target_qf.parameters():
             p += 0.1 * torch.randn_like(p)
     batch = double(team_batch(2, size=6))
     noise = Noise(monkeypatch)
@@ -405,14 +405,14 @@ def test_losses_of_the_critics_and_denoisers_equal_a_loop_over_rows(monkeypatch)
         for b in range(6):
             s, s2, a = (batch[k][:, b].flatten()[None] for k in ("obs", "next_obs", "actions"))
             sa = torch.cat([s, a], 1)
-            target_q = min(3 * plain(qf.network, sa).item() for qf in agent.target)
-            u = target_q - 3 * plain(agent.vf.network, s).item()
+            target_q = min(3 * plain(agent.target_qf.network, sa, k).item() for k in (0, 1))
+            u = target_q - 3 * plain(agent.vf, s).item()
             value.append((0.8 if u > 0 else 0.2) * u**2)
             follows = 1 - batch["terminations"][0, b].item()
             y = batch["rewards"][0, b].item()
-            y += 0.99 * follows * 3 * plain(agent.vf.network, s2).item()
-            for qf, its in zip(agent.live, errors, strict=True):
-                its.append((3 * plain(qf.network, sa).item() - y) ** 2)
+            y += 0.99 * follows * 3 * plain(agent.vf, s2).item()
+            for k in (0, 1):
+                errors[k].append((3 * plain(agent.qf.network, sa, k).item() - y) ** 2)
             for i in range(2):
                 its_t = torch.tensor([1e-3 + 0.999 * t[i, b, 0]])
                 alpha, sigma = noise_schedule(its_t)
@@ -463,13 +463,14 @@ def permuted(agent, other, p):
             seen = slice(ACTION_DIM, ACTION_DIM + N * OBS_DIM)
             rows[seen] = moved(ACTION_DIM, OBS_DIM)
             other.denoiser.inputs.weight.copy_(other.denoiser.inputs.weight[:, rows])
-        for name in ("vf", "qf1", "qf2", "target_qf1", "target_qf2"):
-            mine, its = getattr(agent, name), getattr(other, name)
+        rows = moved(0, OBS_DIM)
+        other.vf.load_state_dict(agent.vf.state_dict())
+        other.vf[0].weight.copy_(agent.vf[0].weight[:, rows])
+        rows = torch.cat([rows, moved(N * OBS_DIM, ACTION_DIM)])
+        for name in ("qf", "target_qf"):
+            mine, its = getattr(agent, name).network, getattr(other, name).network
             its.load_state_dict(mine.state_dict())
-            rows = moved(0, OBS_DIM)
-            if name != "vf":
-                rows = torch.cat([rows, moved(N * OBS_DIM, ACTION_DIM)])
-            its.network[0].weight.copy_(mine.network[0].weight[:, rows])
+            its[0].weight.copy_(mine[0].weight[:, rows])
 
 
 @pytest.mark.parametrize("prefix", ["before", "after"])
@@ -497,12 +498,13 @@ def test_agents_permuted_with_their_data_give_permuted_results(monkeypatch, pref
 def test_a_team_trains_in_the_stack_as_it_does_alone(monkeypatch, score, prefix):
     options = {"score": score, "prefix": prefix, "dropout": 0.1}
     stack, alone = made(2, 3, **options).double(), made(2, 1, **options).double()
+    pairs = [
+        (one, by_group(name, many.detach(), 3)[2])
+        for one, (name, many) in zip(alone.parameters(), stack.named_parameters(), strict=True)
+    ]
     with torch.no_grad():
-        for one, many in zip(alone.parameters(), stack.parameters(), strict=True):
-            one.copy_(many.unflatten(0, (3, -1))[2])
-
-    def last(x):
-        return x if len(x) in (1, 2) else x.unflatten(0, (3, -1))[2]
+        for one, many in pairs:
+            one.copy_(many)
 
     for learner, seeds in ((stack, 3), (alone, 1)):
         numbers = np.random.default_rng(0)
@@ -519,8 +521,8 @@ def test_a_team_trains_in_the_stack_as_it_does_alone(monkeypatch, score, prefix)
             batch["rewards"][:4] *= 10
             batch = {k: v[-2 * seeds :] for k, v in batch.items()}
             learner.update(batch, "model" if number < 6 else "policy")
-    for one, many in zip(alone.parameters(), stack.parameters(), strict=True):
-        torch.testing.assert_close(one, last(many), rtol=1e-7, atol=1e-9)
+    for one, many in pairs:
+        torch.testing.assert_close(one.detach(), many, rtol=1e-7, atol=1e-9)
 
 
 def test_after_their_own_update_agents_move_one_by_one(monkeypatch):
@@ -563,8 +565,8 @@ def test_weights_of_the_padding_do_not_matter(score):
             agent.denoiser.inputs.weight[0, 1] += shaken
             if score == "decomposed":  # agent 0's second joint, as agent 1 is told of it
                 agent.denoiser.inputs.weight[1, ACTION_DIM + OBS_DIM + 1] += shaken
-            for qf in (*agent.live, *agent.target):
-                qf.network[0].weight[0, 2 * OBS_DIM + 1] += shaken
+            for qf in (agent.qf, agent.target_qf):
+                qf.network[0].weight[:, 2 * OBS_DIM + 1] += shaken
         torch.manual_seed(1)
         found = []
         for number in range(10):

@@ -191,7 +191,7 @@ def test_the_penalty_integrates_over_the_own_joints():
     agent, _ = make("omar", 2)
     agent.take_own(replay)
     with torch.no_grad():
-        for parameter in [*agent.qf1.parameters(), *agent.qf2.parameters()]:
+        for parameter in agent.qf.parameters():
             parameter.zero_()
     gap = agent.update(replay.gather(replay.draw_offline(16)))["losses/conservative_gap"]
     number = agent.args.num_penalty_actions
