@@ -116,7 +116,8 @@ class Args(OfflineArgs):
 
 
 class MixedCritics(nn.Module):
-    """Twin critics Q_i of every agent and the mixer of both."""
+    """Twin critics Q_i of every agent and the mixer of both. They are two stacks: clipping takes a
+    team's rows of a stack to be side by side."""
 
     def __init__(self, G: int, N: int, obs_dim: int, action_dim: int, hidden_size: int):
         super().__init__()
@@ -124,9 +125,9 @@ class MixedCritics(nn.Module):
         self.mixer = Mixer(G // N, N, N * (obs_dim + action_dim), hidden_size)
 
     def forward(self, obs, actions):
-        """Both Q of the team, (S, batch) each; (G, batch, obs_dim), (G, batch, action_dim)."""
+        """Both Q of the team: (G, batch, obs_dim), (G, batch, action_dim) -> (2, S, batch)."""
         seen = joint(torch.cat([obs, actions], dim=2), self.mixer.num_agents)
-        return self.mixer(self.qf1(obs, actions), seen), self.mixer(self.qf2(obs, actions), seen)
+        return self.mixer(torch.stack([qf(obs, actions) for qf in (self.qf1, self.qf2)]), seen)
 
 
 class MixedValue(nn.Module):
@@ -241,7 +242,7 @@ class MAIQL(Learner):
 
         # V: the expectile of the smaller mixed target critic over the data's actions
         with torch.no_grad():
-            target_q = torch.minimum(*self.target_qf(obs, actions))
+            target_q = self.target_qf(obs, actions).amin(0)
         advantage = target_q - self.vf(obs)  # (S, batch)
         weight = (args.expectile - (advantage < 0).float()).abs()
         vf_loss = (weight * advantage.square()).mean(1)
@@ -257,16 +258,16 @@ class MAIQL(Learner):
         with torch.no_grad():
             next_value = self.vf(next_obs)
             target = args.reward_scale * rewards + args.gamma * (1 - terminations) * next_value
-        q1, q2 = self.qf(obs, actions)
-        qf1_loss, qf2_loss = (q1 - target).square().mean(1), (q2 - target).square().mean(1)
-        step(self.qf_optimizer, qf1_loss + qf2_loss, self.clip)
+        q = self.qf(obs, actions)  # (2, S, batch)
+        qf_loss = (q - target).square().mean(2)  # (2, S)
+        step(self.qf_optimizer, qf_loss, self.clip)
 
         follow(self.target_qf, self.qf, args.tau)
         return self.report(
             vf_loss=vf_loss,
-            qf1_loss=qf1_loss,
-            qf2_loss=qf2_loss,
-            qf1_values=q1.mean(1),
+            qf1_loss=qf_loss[0],
+            qf2_loss=qf_loss[1],
+            qf1_values=q[0].mean(1),
             mean_weight=weights.mean(1),
             actor_loss=actor_loss,
         )

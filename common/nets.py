@@ -127,10 +127,11 @@ class Mixer(nn.Module):
         self.network = mlp(S, input_dim, hidden_size, num_agents + 1)
 
     def forward(self, values, seen):
-        """(G, batch), (S, batch, input_dim) -> (S, batch)."""
+        """(G, batch), (S, batch, input_dim) -> (S, batch); of twins (2, G, batch) -> (2, S,
+        batch)."""
         output = self.network(seen)
-        values = values.unflatten(0, (-1, self.num_agents)).transpose(1, 2)  # (S, batch, N)
-        return (output[..., :-1] * values).sum(2) + output[..., -1]
+        values = values.unflatten(-2, (-1, self.num_agents)).mT  # (..., S, batch, N)
+        return (output[..., :-1] * values).sum(-1) + output[..., -1]
 
 
 def kl_divergence(mean: torch.Tensor, log_std: torch.Tensor, own=None) -> torch.Tensor:
