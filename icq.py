@@ -164,10 +164,8 @@ class ICQ(Learner):
         self.args = args
         sizes = (G, obs_dim, action_dim, args.hidden_size)
         self.actor = GaussianActor(*sizes, args.policy_std)
-        self.qf = TwinCritic(*sizes)
-        self.target_qf = TwinCritic(*sizes)
-        self.live = nn.ModuleList([self.qf])
-        self.target = nn.ModuleList([self.target_qf])
+        self.qf, self.target_qf = TwinCritic(*sizes), TwinCritic(*sizes)
+        self.live, self.target = nn.ModuleList([self.qf]), nn.ModuleList([self.target_qf])
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
         # Scale of the offline rewards, applied to online ones too
