@@ -1,11 +1,13 @@
 """d3rlpy's side of `benchmarks.peers`; runs in the environment which that makes, and needs nothing
 of this project.
 
-    python benchmarks/d3rlpy_worker.py DATA.hdf5 ACTION_DIM HIDDEN_BCQ HIDDEN COMPILE DEVICE
+    python benchmarks/d3rlpy_worker.py DATA.hdf5 ACTION_DIM SIZES COMPILE DEVICE
 
-Reads lines "ALGORITHM UPDATES" and answers each with the seconds that they took, batches included.
+SIZES is JSON, {ALGORITHM: [batch size, hidden units], ...}. Reads lines "ALGORITHM UPDATES" and
+answers each with the seconds that they took, batches included.
 """
 
+import json
 import sys
 import time
 
@@ -14,7 +16,8 @@ import h5py
 import torch
 from d3rlpy.models import VectorEncoderFactory
 
-path, action_dim, hidden_bcq, hidden, compile_graph, device = sys.argv[1:]
+path, action_dim, sizes, compile_graph, device = sys.argv[1:]
+sizes = json.loads(sizes)
 answers, sys.stdout = sys.stdout, sys.stderr
 torch.set_num_threads(1)
 with h5py.File(path) as file:
@@ -29,19 +32,19 @@ with h5py.File(path) as file:
     )
 
 
-def encoders(units: str, *names: str) -> dict:
-    return {f"{n}_encoder_factory": VectorEncoderFactory([int(units)] * 2) for n in names}
+def options(name: str, *networks: str) -> dict:
+    batch_size, hidden = sizes[name]
+    layers = [hidden] * 2
+    its = {f"{n}_encoder_factory": VectorEncoderFactory(layers) for n in networks}
+    return its | {"batch_size": batch_size, "compile_graph": compile_graph == "1"}
 
 
-both = encoders(hidden, "actor", "critic")
-every = {"batch_size": 128, "compile_graph": compile_graph == "1"}
+both, algos = ("actor", "critic"), d3rlpy.algos
 configs = {
-    "BCQ": d3rlpy.algos.BCQConfig(
-        n_action_samples=10, **encoders(hidden_bcq, "actor", "critic", "imitator"), **every
-    ),
-    "AWAC": d3rlpy.algos.AWACConfig(n_action_samples=1, **both, **every),
-    "CQL": d3rlpy.algos.CQLConfig(n_action_samples=10, alpha_learning_rate=0.0, **both, **every),
-    "TD3BC": d3rlpy.algos.TD3PlusBCConfig(**both, **every),
+    "BCQ": algos.BCQConfig(n_action_samples=10, **options("BCQ", *both, "imitator")),
+    "AWAC": algos.AWACConfig(n_action_samples=1, **options("AWAC", *both)),
+    "CQL": algos.CQLConfig(n_action_samples=10, alpha_learning_rate=0.0, **options("CQL", *both)),
+    "TD3BC": algos.TD3PlusBCConfig(**options("TD3BC", *both)),
 }
 learners = {}
 for line in sys.stdin:
@@ -52,6 +55,6 @@ for line in sys.stdin:
     now = time.process_time if device == "cpu" else time.perf_counter
     start = now()
     for _ in range(int(updates)):
-        losses = learners[name].update(dataset.sample_transition_batch(128))
+        losses = learners[name].update(dataset.sample_transition_batch(sizes[name][0]))
     float(next(iter(losses.values())))  # waits for a GPU
     print(now() - start, file=answers, flush=True)

@@ -12,13 +12,14 @@ import tyro
 from benchmarks import (
     drawn_transitions,
     offline_table,
+    peers,
     plot_run,
     scalars,
     speed,
     turns,
     value_actions,
 )
-from common import cli
+from common import InputError, cli
 from tests.helpers import random_team
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,16 @@ def test_a_time_says_on_what_and_what_else_ran_there():
     assert line.startswith(f"some-data, cpu {what['cpu']}") and "flags" not in line
     if Path("/sys/devices/system/cpu/cpu0/cache").exists():
         assert "L1 Data" in what["caches"]
+
+
+def test_a_peer_is_asked_only_for_what_it_has():
+    for options in ({"algorithms": ("BCQ", "IQL")}, {"peer": "torchrl", "compile": True}):
+        with pytest.raises(InputError):
+            peers.main(peers.Args(**options))
+    for peer, scripts in peers.SCRIPTS.items():
+        assert Path(peers.__file__).with_name(f"{peer}_worker.py").exists()
+        for script in scripts.values():
+            assert peers.learner_args(script).batch_size > 0
 
 
 def test_two_checkouts_are_timed_in_turn(monkeypatch, tmp_path, capsys):

@@ -41,7 +41,7 @@ MODULES = sorted(
     path
     for folder in (".", "benchmarks", "tools", "behaviours", "examples")
     for path in ROOT.glob(f"{folder}/*.py")
-    if path.stem != "d3rlpy_worker"
+    if path.stem not in ("d3rlpy_worker", "torchrl_worker")
 )
 # Flags that make a benchmark short; one without a row is parsed, not run
 SHORT = {
