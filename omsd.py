@@ -71,6 +71,9 @@ class Args(OfflineArgs):
     """least noise level at which a score is asked for"""
     t_max: Share | None = None
     """largest one; default: 0.98, of the bandits 0.2"""
+    control_variate: bool = True
+    """subtract the noise that was added from the predicted one: of the same mean for the policies,
+    and far less noisy. Published: off"""
     condition: Literal["local", "joint"] = "local"
     """what a denoiser sees besides actions: its agent's observation, or those of all agents"""
     prefix: Literal["before", "after"] = "before"
@@ -393,7 +396,8 @@ class OMSD(Learner):
         args, settings = self.args, self.settings
         with torch.no_grad():
             levels = args.t_min, settings["t_max"]
-            found, _, alpha, sigma = self.predict(obs, actions, levels)
+            found, noise, alpha, sigma = self.predict(obs, actions, levels)
+            found = found - noise if args.control_variate else found
             score_drive = WEIGHTS[settings["score_weight"]](alpha, sigma) * found
             score_drive = of_each(score_drive, self.N) if args.score == "joint" else score_drive
         obs, actions = joint(obs, self.N), joint(actions, self.N).requires_grad_()

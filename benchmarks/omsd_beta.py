@@ -1,10 +1,10 @@
-r"""Returns of OMSD's policies over beta: critics and denoisers are trained once per score and data
-set, then fresh policies per beta.
+r"""Returns of OMSD's policies by score and over beta: critics and denoisers are trained once per
+score and data set, then fresh policies per beta; of the score none, IQL's own policies, once.
 
     OMP_NUM_THREADS=1 python -m benchmarks.omsd_beta simple-spread-expert simple-spread-random \
         --csv docs/results/omsd/beta.csv
 
-All seeds are stacked. A row per data set, score, beta and seed; what there is of the file is kept,
+All seeds are stacked. A row per data set, split, score, beta and seed; what there is of the file is kept,
 and its settings are not measured again.
 """
 
@@ -33,8 +33,9 @@ class Args:
     """task-quality, any number"""
     csv: str
     """file for the raw numbers"""
-    scores: tuple[str, ...] = ("decomposed", "independent")
-    betas: tuple[float, ...] = (0.001, 0.01, 0.1, 0.5)
+    scores: tuple[str, ...] = ("none", "independent", "decomposed")
+    betas: tuple[float, ...] = ()
+    """default: the data set's own"""
     num_seeds: int = 5
     episodes: int = 100
     """per seed"""
@@ -59,9 +60,10 @@ def main(args: Args) -> None:
     if Path(args.csv).exists():
         with open(args.csv) as file:
             rows = list(csv.DictReader(file))
-    done = {(row["env"], row["score"]) for row in rows}
-    for env, score in ((env, score) for score in args.scores for env in args.envs):
-        if (env, score) not in done:
+    split = args.settings.split or ""
+    done = {(row["env"], row["split"], row["score"]) for row in rows}
+    for env, score in ((env, score) for env in args.envs for score in args.scores):
+        if (env, split, score) not in done:
             rows += measure(args, env, score)
             write_csv(args.csv, rows)
 
@@ -81,7 +83,7 @@ def measure(args: Args, env: str, score: str) -> list[dict]:
     models.measure_scales(replay)
     of_model = train(models, replay, "model", args.model_updates, settings.batch_size)
     rows = []
-    for beta in args.betas:
+    for beta in (args.betas if score != "none" else ()) or (models.settings["beta"],):
         agent = copy.deepcopy(models)
         agent.settings["beta"] = beta
         of_policy = train(agent, replay, "policy", args.policy_updates, settings.batch_size)
@@ -91,8 +93,9 @@ def measure(args: Args, env: str, score: str) -> list[dict]:
             rows.append(
                 {
                     "env": env,
+                    "split": settings.split or "",
                     "score": score,
-                    "beta": beta,
+                    "beta": "" if score == "none" else beta,
                     "seed": settings.seed + s,
                     "episodes": len(its),
                     "mean_return": mean,

@@ -224,24 +224,31 @@ def test_the_condition_may_be_all_observations():
 @pytest.mark.parametrize("weight", ["vds", "one", "ratio"])
 @pytest.mark.parametrize("t_max", [0.02, 0.98])
 def test_a_single_gaussians_score_vanishes_at_its_mean(weight, t_max):
-    """And anywhere else pulls towards it."""
+    """And anywhere else pulls towards it, by as much with the control variate and with far less
+    noise where noise levels are high."""
     mean, std = 0.3, 0.1
 
     def exact(noised, condition, t, training):
         alpha, sigma = noise_schedule(t)
         return sigma * (noised - alpha * mean) / ((alpha * std) ** 2 + sigma**2)
 
-    agent = made(1, dims=(1, 1), beta=0.0, score_weight=weight, t_max=t_max, t_min=0.02)
-    agent.denoiser = Function(exact)
-    drives = {}
-    for action in (mean, mean - 0.2, mean + 0.2):
-        actions = torch.full((1, 100_000, 1), action)
-        drive, q_drive, _ = agent.drives(torch.zeros(1, 100_000, 1), actions)
-        assert (q_drive == 0).all()
-        error = drive.std().item() / math.sqrt(100_000)
-        drives[action] = drive.mean().item() / error
-    at_mean, below, above = drives.values()
-    assert abs(at_mean) < 5 and below < -10 and above > 10
+    pulls = []
+    for control_variate in (False, True):
+        options = {"score_weight": weight, "t_max": t_max, "control_variate": control_variate}
+        agent = made(1, dims=(1, 1), beta=0.0, t_min=0.02, **options)
+        agent.denoiser = Function(exact)
+        for action in (mean, mean - 0.2, mean + 0.2):
+            actions = torch.full((1, 100_000, 1), action)
+            drive, q_drive, _ = agent.drives(torch.zeros(1, 100_000, 1), actions)
+            assert (q_drive == 0).all()
+            pulls.append((drive.mean().item(), drive.std().item() / math.sqrt(100_000)))
+    for at_mean, below, above in (
+        [pull / error for pull, error in its] for its in (pulls[:3], pulls[3:])
+    ):
+        assert abs(at_mean) < 5 and below < -10 and above > 10
+    for (pull, error), (with_it, its_error) in zip(pulls[:3], pulls[3:], strict=True):
+        assert abs(pull - with_it) < 5 * math.hypot(error, its_error)
+        assert t_max < 0.98 or its_error < (0.9 if weight == "ratio" else 0.6) * error
 
 
 @pytest.mark.parametrize("normalize_q", [False, True])
@@ -342,9 +349,11 @@ def plain_denoiser(net, noised, obs, t):
 
 @pytest.mark.parametrize("score", ["decomposed", "independent", "joint"])
 @pytest.mark.parametrize("weight", ["vds", "one", "ratio"])
-def test_one_agent_learns_as_in_srpo(monkeypatch, score, weight):
+@pytest.mark.parametrize("control_variate", [False, True])
+def test_one_agent_learns_as_in_srpo(monkeypatch, score, weight, control_variate):
     """Twenty updates of the policy, by a loop of its own with torch's own schedule."""
     beta, options = 0.2, {"policy_updates": 20, "learning_rate": 0.01}
+    options["control_variate"] = control_variate
     agent = made(1, score=score, score_weight=weight, beta=beta, **options).double()
     reference = made(1, score=score, score_weight=weight, beta=beta, **options).double()
     for each in (agent, reference):
@@ -374,6 +383,7 @@ def test_one_agent_learns_as_in_srpo(monkeypatch, score, weight):
         sigma = torch.sqrt(1 - alpha**2)
         with torch.no_grad():
             e = plain_denoiser(reference.denoiser, alpha * fixed + sigma * z, s, t)
+            e = e - z if control_variate else e
         qs = [
             reference.unit * plain(reference.target_qf.network, torch.cat([s, fixed], 1), k).sum()
             for k in (0, 1)
