@@ -4,8 +4,8 @@ score and data set, then fresh policies per beta; of the score none, IQL's own p
     OMP_NUM_THREADS=1 python -m benchmarks.omsd_beta simple-spread-expert simple-spread-random \
         --csv docs/results/omsd/beta.csv
 
-All seeds are stacked. A row per data set, split, score, beta and seed; what there is of the file is kept,
-and its settings are not measured again.
+All seeds are stacked. A row per data set, split, score, beta and seed; what there is of the file is
+kept, and its settings are not measured again.
 """
 
 import copy
@@ -61,7 +61,7 @@ def main(args: Args) -> None:
         with open(args.csv) as file:
             rows = list(csv.DictReader(file))
     split = args.settings.split or ""
-    done = {(row["env"], row["split"], row["score"]) for row in rows}
+    done = {(row["env"], row.get("split", ""), row["score"]) for row in rows}
     for env, score in ((env, score) for env in args.envs for score in args.scores):
         if (env, split, score) not in done:
             rows += measure(args, env, score)
