@@ -63,21 +63,29 @@ def updates(replay: Replay, S: int) -> dict[str, tuple[Callable, int]]:
         return agent.update(replay.gather_teams(replay.draw_teams(args.batch_size)), *turn)
 
     def fit(agent, args):
-        return agent.fit(replay.gather_teams(replay.draw_teams(7 * args.batch_size)))
+        size = args.num_models * args.batch_size
+        return agent.fit(replay.gather_teams(replay.draw_teams(size)))
 
     def improve(agent, args):
         index = replay.draw_teams(args.transitions)
         history = replay.gather_history(index, args.history)
         return agent.improve(replay.gather_teams(index) | {"history": history})
 
+    def finetune(agent, args):
+        agent.imagine(replay.gather_teams(replay.draw_teams(args.rollout_length))["obs"])
+        return agent.update(agent.imagined.draw_with(replay, args.batch_size))
+
     of_moma = moma_ppo.MOMAPPO, moma_ppo.Args
     cloner, learner = made((bc.BC, bc.Args)), made((iql.IQL, iql.Args))
     mixed, td3 = made((maiql.MAIQL, maiql.Args)), made((matd3bc.MATD3BC, matd3bc.Args))
+    tuned = made((maiql.MAIQL, maiql.Args), finetune=True)
     short, long = made(of_moma, history=0), made(of_moma)
     return {
         "bc": (lambda: own(*cloner), 20),
         "iql": (lambda: own(*learner), 20),
         "maiql": (lambda: team(*mixed), 20),
+        "maiql --finetune, model": (lambda: fit(*tuned), 10),
+        "maiql --finetune, in the model": (lambda: finetune(*tuned), 3),
         "matd3bc, actors too": (lambda: team(*td3, True), 20),
         "moma_ppo, model": (lambda: fit(*short), 10),
         "moma_ppo, policies without history": (lambda: improve(*short), 2),
