@@ -161,6 +161,8 @@ def short(words: list[str], folder: Path) -> list[str] | str:
             extra += ["--dataset-size", "3000"]
         if "--deployments" in argv and "0" in argv[argv.index("--deployments") + 1]:
             extra += ["--deployments", "0"]
+        if "--finetune" in argv:
+            extra += ["--model-updates", "8"]
     elif name in SHORT:
         extra = SHORT[name].split()
         if name == "benchmarks.sweep" and "quick" not in words[-1]:
