@@ -159,8 +159,13 @@ def short(words: list[str], folder: Path) -> list[str] | str:
             extra += ["--candidates", "20"]
         if extra and "--dataset" not in argv:
             extra += ["--dataset-size", "3000"]
-        if "--deployments" in argv and "0" in argv[argv.index("--deployments") + 1]:
+        asked = importlib.import_module(name).Args().__dict__.get("deployments")
+        if "--deployments" in argv:
+            asked = int(argv[argv.index("--deployments") + 1])
+        if asked == 0:
             extra += ["--deployments", "0"]
+        if "--refit" in argv:  # of which some are the elite
+            extra += ["--sampler-samples", "20"]
         if "--finetune" in argv:
             extra += ["--model-updates", "8"]
     elif name in SHORT:
