@@ -391,16 +391,17 @@ class MOMAPPO(Learner):
         needed = "obs frames actions legal advantages returns values log_prob".split()
         rows = {name: rows[name] for name in needed}
 
-        n = values.shape[1]
+        n = values.shape[1]  # whole rollouts: it may be less than --transitions
+        size = min(args.minibatch_size, n)
         for _ in range(args.epochs):
             order = torch.rand_like(values).argsort(1)
-            for first in range(0, n - args.minibatch_size + 1, args.minibatch_size):
-                index = order[:, first : first + args.minibatch_size]  # (S, size)
+            for first in range(0, n - size + 1, size):
+                index = order[:, first : first + size]  # (S, size)
                 measured = self.policy_step({name: pick(x, index) for name, x in rows.items()})
         return self.report(
             imagined_reward=(rollouts["rewards"] + rollouts["penalty"]).mean((1, 2)),
             penalty=rollouts["penalty"].mean((1, 2)),
-            cut_share=rollouts["is_cut"][:, : max(1, shape[0] - 1)].mean((1, 2)),
+            cut_share=rollouts["is_cut"][:, :-1].sum((1, 2)) / max(1, n - shape[1]),
             **measured,
         )
 

@@ -17,7 +17,7 @@ What it scores and how long it takes: docs/omsd.md.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn as nn
@@ -73,7 +73,7 @@ class Args(OfflineArgs):
     """largest one; default: 0.98, of the bandits 0.2"""
     control_variate: bool = True
     """subtract the noise that was added from the predicted one: of the same mean for the policies,
-    and far less noisy. Published: off"""
+    and far less noisy at the high noise levels that vds weights most. Published: off"""
     condition: Literal["local", "joint"] = "local"
     """what a denoiser sees besides actions: its agent's observation, or those of all agents"""
     prefix: Literal["before", "after"] = "before"
@@ -90,7 +90,7 @@ class Args(OfflineArgs):
     """units in each of the two hidden layers of critics and policies; published: 256"""
     denoiser_size: int = 64
     """units of the denoisers' trunk, a quarter of those inside its blocks; published: 512"""
-    dropout: Share = 0.1
+    dropout: Annotated[float, cli.Range(0, 0.99)] = 0.1
     """in the denoisers' blocks while they train"""
     learning_rate: float = 1e-3
     """Adam's, of everything; for denoisers it falls to a thirtieth, for policies to 0. Published:

@@ -102,8 +102,8 @@ class Args(OnlineArgs):
     """imagined rollouts per improvement, from states of the data"""
     rollout_length: int = 25
     """steps of an imagined rollout"""
-    policy_std: Annotated[float, cli.Range(0, 1, open=True)] = 0.1
-    """standard deviation of the policy's noise at first, 0.01 to 0.95; TRPO changes it"""
+    policy_std: Annotated[float, cli.Range(0.01, 0.95)] = 0.1
+    """standard deviation of the policy's noise at first; TRPO changes it"""
     kl_limit: Positive = 0.05
     """largest mean KL divergence of the policy before an improvement from the one after it"""
     cg_iterations: int = 10
@@ -209,7 +209,7 @@ class GaussianActor(Actor):
     def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int, std: float):
         super().__init__()
         self.network = mlp(G, obs_dim, hidden_size, action_dim)
-        share = np.clip(1 + np.log(max(std, 1e-9)) / 5, 0.01, 0.99)
+        share = 1 + np.log(std) / 5
         self.raw_log_std = nn.Parameter(torch.full((G, 1, action_dim), share).logit())
 
     @property

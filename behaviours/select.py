@@ -6,6 +6,9 @@ Every snapshot acts stochastically for some episodes, whose returns are kept in
 SNAPSHOTS/returns.csv, so that this can be run again while training goes on. `medium` is the
 snapshot whose mean return is nearest D4RL v2's medium, the earliest of those within 5 % of it;
 `replay` are snapshots evenly spaced in training steps from the fresh policy to medium.
+
+Of ant, whose sets are random, medium, full-replay and expert, `expert` is the snapshot with the
+highest mean return, `medium` that whose mean is nearest half of it, and `replay` goes to the end.
 """
 
 import csv
@@ -28,17 +31,17 @@ MEDIUM = {"halfcheetah": (4770, 356), "hopper": (1422, 379), "walker2d": (2852, 
 @dataclass
 class Args:
     task: str
-    """halfcheetah, walker2d or hopper"""
+    """halfcheetah, walker2d, hopper or ant"""
     snapshots: Path
     """folder that behaviours.train writes to"""
     episodes: int = 10
     """episodes of every snapshot"""
     close_episodes: int = 100
-    """episodes of those whose mean is close to D4RL's medium"""
+    """episodes of those whose mean is close to the medium return, and of the best"""
     close: int = 5
     """how many those are"""
     replay: int = 25
-    """snapshots that make medium-replay"""
+    """snapshots that make the replay data"""
     medium: int | None = None
     """take the snapshot of this many training steps as medium"""
     out: Path | None = None
@@ -112,44 +115,60 @@ def choose_medium(evaluations: Evaluations, target: float, close: int, episodes:
     return min(near[:close], key=lambda step: (max(error(step), 0.05), step))
 
 
+def choose_expert(evaluations: Evaluations, close: int, episodes: int) -> int:
+    """The training steps of the best snapshot."""
+    best = sorted(evaluations.returns, key=evaluations.mean)[-close:]
+    for step in best:
+        evaluations.run(step, episodes)
+    return max(best, key=evaluations.mean)
+
+
 def main(args: Args) -> None:
-    if args.task not in MEDIUM:
-        hint = nearest(args.task, MEDIUM)
-        raise InputError(f"--task {args.task}: D4RL has no medium data of it; {hint}")
-    target, target_std = MEDIUM[args.task]
+    if args.task not in (*MEDIUM, "ant"):
+        hint = nearest(args.task, [*MEDIUM, "ant"])
+        raise InputError(f"--task {args.task}: SAC makes no data of it; {hint}")
     available = sorted(int(p.stem) for p in args.snapshots.glob("[0-9]*.npz"))
     if not available:
         raise InputError(f"--snapshots {args.snapshots}: no snapshots (STEPS.npz) there")
     evaluations = Evaluations(args.task, args.snapshots)
-    medium = args.medium
-    if medium is None:
+    medium, expert = args.medium, None
+    if medium is None or args.task == "ant":
         for step in available:
             evaluations.run(step, args.episodes)
+    if args.task == "ant":
+        expert = choose_expert(evaluations, args.close, args.close_episodes)
+    target = evaluations.mean(expert) / 2 if expert is not None else MEDIUM[args.task][0]
+    if medium is None:
         medium = choose_medium(evaluations, target, args.close, args.close_episodes)
     elif medium not in available:
         raise InputError(f"--medium {medium}: no such snapshot in {args.snapshots}")
     evaluations.run(medium, args.close_episodes)
-    grid = np.linspace(0, medium, args.replay)
+    grid = np.linspace(0, medium if expert is None else available[-1], args.replay)
     replay = sorted({min(available, key=lambda step: abs(step - g)) for g in grid})
     if len(replay) < 20:
         raise InputError(
-            f"medium is at {medium} steps: only {len(replay)} snapshots until there, need 20"
+            f"only {len(replay)} snapshots until {grid[-1]:.0f} steps, need 20: "
+            f"medium is at {medium}"
         )
-    for step in replay:
+    named = {"medium": medium} | ({"expert": expert} if expert is not None else {})
+    chosen = sorted({*replay, *named.values()})
+    for step in chosen:
         evaluations.run(step, args.episodes)
 
     print(f"{'steps':>8}{'episodes':>10}{'mean':>8}{'std':>8}{'min':>8}{'max':>8}")
-    for step in replay:
+    for step in chosen:
         r = evaluations.returns[step]
         numbers = "".join(f"{f(r):8.0f}" for f in (np.mean, np.std, np.min, np.max))
-        print(f"{step:8d}{len(r):10d}{numbers}{'  medium' if step == medium else ''}")
-    print(f"D4RL's medium:    {target:8d}{target_std:8d}")
+        print(f"{step:8d}{len(r):10d}{numbers}", *(n for n, at in named.items() if at == step))
+    if expert is None:
+        print("D4RL's medium:    {:8d}{:8d}".format(*MEDIUM[args.task]))
 
-    policies = [evaluations.policy(step) for step in replay]
+    policies = [evaluations.policy(step) for step in chosen]
     arrays = {name: np.stack([p[name] for p in policies]).astype(np.float32) for name in WEIGHTS}
     out = args.out or POLICY_DIR / f"{args.task}.npz"
-    indices = {"medium": replay.index(medium), "replay": np.arange(len(replay))}
-    np.savez_compressed(out, steps=np.array(replay), **indices, **arrays)
+    indices = {name: chosen.index(step) for name, step in named.items()}
+    indices["replay"] = np.array([chosen.index(step) for step in replay])
+    np.savez_compressed(out, steps=np.array(chosen), **indices, **arrays)
     print(f"wrote {out} ({out.stat().st_size / 1e3:.0f} kB)")
 
 

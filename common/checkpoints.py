@@ -50,14 +50,18 @@ def seeds_folders(folder: str | Path) -> list[Path]:
     """The folders of all the seeds of the run in `folder`, the first seed's first; InputError: no
     run, or several seeds' whose folders do not have their names any more."""
     folder, names = Path(folder).resolve(), read_record(folder).get("folders", [])
-    if len(names) < 2:
+    if not isinstance(names, list) or len(names) < 2:
         return [folder]  # by whatever name
     if folder.name not in names:
         raise InputError(
             f"{folder} was copied or renamed; the seeds of a run find each other by their names: "
             f"{names[0]} and {len(names) - 1} more"
         )
-    return [folder.parent / name for name in names]
+    folders = [folder.parent / name for name in names]
+    for each in folders:
+        if not each.is_dir():
+            raise InputError(f"{folder} is a run of {len(names)} seeds; {each} is missing")
+    return folders
 
 
 def read_checkpoint(folder: str, name: str, script: str) -> dict:
@@ -107,6 +111,12 @@ def read_offline_checkpoint(args, script: str) -> dict:
     Raises:
         InputError: as `read_checkpoint`, or trained with other arguments.
     """
+    its = read_args(args.offline_checkpoint).get("offline_checkpoint")
+    if its is not None:
+        raise InputError(
+            f"--offline-checkpoint {args.offline_checkpoint}: its policy is that of {its}, which "
+            "holds it"
+        )
     checkpoint = read_checkpoint(args.offline_checkpoint, "offline.pt", script)
     check_same(checkpoint["args"], args, args.SAME_POLICY, "--offline-checkpoint")
     args.offline_updates = checkpoint["args"]["offline_updates"]

@@ -272,7 +272,9 @@ def with_those_of(args, folder: str):
         is_policys = group not in ("deployment", "otc", "run") and name not in OF_TUNING
         if name in its and (is_policys or name in args.SAME_POLICY):
             taken[name] = its[name]
-    return dataclasses.replace(args, **taken)
+    args = dataclasses.replace(args, **taken)
+    check_types(args, f"{folder}/args.json")
+    return args
 
 
 def check_types(args, where: str) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from common import sampler
-from common.nets import adam, kl_divergence, mean_over_own, mlp, restore, step
+from common.nets import adam, keep_own, kl_divergence, mean_over_own, mlp, restore, step
 from common.replay import Replay
 
 Distance = Literal["embedding", "value", "two-stage", "raw", "residual"]
@@ -195,16 +195,17 @@ class Residual(Raw):
         self.pair_dim = obs_dim  # of what is matched
 
     def residual(self, obs, actions, next_obs) -> torch.Tensor:
-        """In units of the change's standard deviation: (G, n, obs_dim)."""
-        return (next_obs - obs) / self.change_std - self.model(self.pair(obs, actions))
+        """In units of the change's standard deviation, 0 in padding: (G, n, obs_dim)."""
+        found = (next_obs - obs) / self.change_std - self.model(self.pair(obs, actions))
+        return keep_own(found, self.replay.own_obs)
 
     def place(self, obs, actions, next_obs):
         return torch.cat([self.scaled(obs), self.residual(obs, actions, next_obs)], dim=2)
 
     def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One update of the model on a batch of offline data; losses (G,)."""
-        error = self.residual(*(batch[name] for name in COLUMNS)).square()
-        error = mean_over_own(error, self.replay.own_obs)
+        residual = self.residual(*(batch[name] for name in COLUMNS))
+        error = mean_over_own(residual.square(), self.replay.own_obs)
         step(self.optimizer, error)
         return {"losses/embedding_reconstruction": error.detach()}
 

@@ -124,6 +124,7 @@ class Training:
             if number % args.log_every == 0 or number == stop:
                 run.log_losses(losses, number)
             if number % args.checkpoint_every == 0:
+                run.refuse_divergence(losses, number)
                 self.save()
             run.stop_if_asked(self.save)
 
@@ -158,6 +159,7 @@ class Training:
             if offline:
                 self._evaluate_offline()
             if number % args.checkpoint_every == 0:
+                run.refuse_divergence(losses, before + number)
                 self.save()
             run.stop_if_asked(self.save)
 
@@ -195,16 +197,18 @@ class Training:
         """Run pi^{k-1} for M steps: D^k, for `Replay.add`. Records its return, by episodes of their
         own: of those within M steps, whose number depends on their lengths, the mean is biased."""
         args, S = self.args, self.args.num_seeds
-        with self.run.closed_on_error(), self.resumable():
-            self.set_deployment(k)
-            start, seed = time.perf_counter(), (args.seed, k)
-            how = seed, self.device, args.exploration, self.graph
-            data, ended = collect(self.envs, self.agent, self.num_steps, *how)
-            self.steps_per_second = S * self.num_steps / (time.perf_counter() - start)
+        with self.run.closed_on_error():
+            with self.resumable():
+                self.set_deployment(k)
+                start, seed = time.perf_counter(), (args.seed, k)
+                how = seed, self.device, args.exploration, self.graph
+                data, ended = collect(self.envs, self.agent, self.num_steps, *how)
+                self.steps_per_second = S * self.num_steps / (time.perf_counter() - start)
+                returns = self.evaluate(k)
             exploring = None
             if args.exploration != "none":
                 exploring = data["rewards"].sum(1), ended
-            self.record_return(k - 1, self.evaluate(k), exploring)
+            self.record_return(k - 1, returns, exploring)
         return data
 
     def enter(self, k: int, measured: dict[str, torch.Tensor]) -> None:
@@ -213,24 +217,26 @@ class Training:
         with self.run.closed_on_error():
             self.run.log({"time/env_steps_per_second": speed}, k)
             self.run.log({tag: value.view(self.shape) for tag, value in measured.items()}, k)
-            self.phase, self.done = k, 0
-            self.save()
-            if self.args.save_policies:
+            if self.args.save_policies:  # first: a run that goes on from phase k does not
                 agent = {n: v for n, v in self.agent.state_dict().items() if n != "_extra_state"}
                 state = {"agent": agent, "strategy": self.strategy.state_dict(), "deployment": k}
                 self.run.save(state, f"policy_{k - 1}.pt")
+            self.phase, self.done = k, 0
+            self.save()
 
     def finish(self) -> None:
         """The return of pi^K, and the closing table."""
         K = self.args.deployments
-        with self.run.closed_on_error(), self.resumable():
-            self.set_deployment(K + 1)
-            self.record_return(K, self.evaluate(K + 1))
+        with self.run.closed_on_error():
+            with self.resumable():
+                self.set_deployment(K + 1)
+                returns = self.evaluate(K + 1)
+            self.record_return(K, returns)
         self.run.finish()
 
     @contextmanager
     def resumable(self) -> Iterator[None]:
-        """What is inside is made again by a run that is stopped there."""
+        """What is inside is made again by a run that is stopped there; see `Run.stops_at_once`."""
         self.save()
         with self.run.stops_at_once():
             yield

@@ -181,7 +181,8 @@ class Run:
 
     @contextlib.contextmanager
     def stops_at_once(self, save: Callable = lambda: None) -> Iterator[None]:
-        """What is inside is made again by the resumed run, which goes on from what `save` saves."""
+        """What is inside is made again by the resumed run, which goes on from what `save` saves.
+        Nothing inside may log: a signal's handler closes the writers, which have locks."""
         self.stop_if_asked(save)
         self.at_stop = save
         yield
@@ -214,6 +215,11 @@ class Run:
         stacked = torch.stack([value.float() for value in losses.values()]).cpu()  # (tags, G)
         per_seed = stacked.view(len(losses), len(self.seeds), -1).mean(dim=2)
         self.log(dict(zip(losses, per_seed, strict=True)), step)
+        self.refuse_divergence(losses, step)
+
+    def refuse_divergence(self, losses: dict[str, torch.Tensor], step: int) -> None:
+        """Raises InputError where a loss (G,) is not finite: before it is in a checkpoint."""
+        stacked = torch.stack([value.float() for value in losses.values()])
         for tag, values in zip(losses, stacked.tolist(), strict=True):
             if tag.startswith("losses/") and not np.isfinite(values).all():
                 seed, agent = divmod(int(np.argmin(np.isfinite(values))), self.num_agents)

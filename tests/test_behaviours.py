@@ -310,8 +310,33 @@ def test_select(tmp_path, monkeypatch):
     assert calls == []
 
 
+def test_select_of_ant(tmp_path, monkeypatch):
+    """Expert is the best, here before the end, medium the one at half of it, replay all of it."""
+    fakes = fake_policies("hopper", 41)
+    for i in range(41):
+        np.savez(tmp_path / f"{2500 * i:07d}.npz", **mujoco.snapshot(fakes, i))
+
+    def returns(task, policy, episodes, seed):
+        step = seed[0] / 2500
+        return np.full(episodes, 100 * (step if step <= 37 else 30))
+
+    monkeypatch.setattr(select, "episode_returns", returns)
+    args = select.Args("ant", tmp_path, episodes=1, close_episodes=2, out=tmp_path / "out.npz")
+    select.main(args)
+    with np.load(args.out) as chosen:
+        policies = dict(chosen)
+    steps = {
+        quality: (policies["steps"][mujoco.acting(policies, quality)] // 2500).tolist()
+        for quality in ("random", "medium", "expert", "full-replay")
+    }
+    assert steps["random"] == [0] and steps["expert"] == [37]
+    assert steps["medium"] == [18]  # 18 and 19 are within 5 % of 18.5
+    assert len(steps["full-replay"]) == 25 and steps["full-replay"][-1] == 40
+    np.testing.assert_array_equal(policies["w0"], fakes["w0"][policies["steps"] // 2500])
+
+
 def test_select_refuses(tmp_path):
-    for task, words in (("ant", "ant: D4RL has no medium"), ("hopper", "no snapshots")):
+    for task, words in (("reacher", "reacher: SAC makes no data"), ("hopper", "no snapshots")):
         with pytest.raises(InputError, match=words):
             select.main(select.Args(task, tmp_path))
     assert not list(tmp_path.iterdir())

@@ -201,6 +201,28 @@ def test_omars_folder(tmp_path):
         load("cooperative-navigation-3", str(tmp_path))
 
 
+def test_omars_folder_of_views_as_wide_as_the_state_wants_the_state(tmp_path):
+    """Two reacher-independent agents with 5 of 10 numbers each."""
+    states = np.random.default_rng(0).normal(size=(101, 10)).astype(np.float32)
+    omar(tmp_path / "views", 100, 2, 5, 1)
+    with pytest.raises(InputError, match="no such file: .*states_0.npy"):
+        load("reacher-independent", str(tmp_path / "views"))
+    team = load("reacher-independent", omar(tmp_path / "a", 100, 2, 5, 1, states))
+    np.testing.assert_array_equal(team.obs[:, 0], states[:-1, [0, 2, 6, 4, 5]])
+
+
+def test_omars_folder_keeps_each_ants_actions(tmp_path):
+    """The robot numbers its actuators otherwise; and a part of the rows keeps who is padded."""
+    states = np.random.default_rng(0).normal(size=(101, 27)).astype(np.float32)
+    path = omar(tmp_path / "a", 100, 4, 15, 2, states)
+    for size in (None, 30, 3):
+        team = load("ant-local", path, size=size)
+        assert len(team) == (size or 100) and team.own_obs.sum(axis=1).tolist() == [15, 4, 4, 4]
+        for i in range(4):
+            own = np.load(f"{path}/acs_{i}.npy")[: len(team)]
+            np.testing.assert_allclose(team.actions[:, i], own, rtol=1e-5)
+
+
 def test_the_prey_is_not_one_of_the_agents(tmp_path):
     path = tmp_path / "a"
     omar(path)
@@ -336,7 +358,7 @@ def test_names():
         ("hopper-medum", "built-in", None, "unknown data quality 'medum'.*medium"),
         ("hopper-medium", "bilt-in", None, "unknown --dataset 'bilt-in'.*built-in"),
         ("hopper-expert", "built-in", None, "no built-in data for hopper-expert"),
-        ("ant-medium", "built-in", None, "no built-in data for ant-medium"),
+        ("ant-medium-expert", "built-in", None, "no built-in data for ant-medium-expert"),
         ("hopper", "built-in", None, "names no data quality.*hopper-medium"),
         ("hopper-medium", "built-in", 0, "--dataset-size 0: expected at least 1"),
         ("hopper-medium", "d4rl", -5, "--dataset-size -5: expected at least 1"),

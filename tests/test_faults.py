@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,17 @@ def test_a_training_that_diverges_says_so(tmp_path, monkeypatch, capsys, argv):
     argv += ["--critic-learning-rate", "1e9", "--offline-updates", "400", "--eval-every", "400"]
     said = refused(capsys, run, monkeypatch, "otc_td3bc", *argv)
     assert "is not finite after" in said and "seed 1, agent" in said
+
+
+def test_what_diverged_is_in_no_checkpoint(tmp_path, monkeypatch, capsys, argv):
+    argv += ["--critic-learning-rate", "1e9", "--offline-updates", "400", "--eval-every", "400"]
+    argv += ["--log-every", 400, "--checkpoint-every", 20]
+    said = refused(capsys, run, monkeypatch, "otc_td3bc", *argv)
+    assert "is not finite after" in said
+    path = only(tmp_path / "runs") / "checkpoint.pt"
+    if path.exists():  # of before
+        agent = torch.load(path, weights_only=True)["agent"]
+        assert all(x.isfinite().all() for x in agent.values() if isinstance(x, torch.Tensor))
 
 
 def test_numbers_beyond_float32s_squares_are_refused_by_row(tmp_path, data):
@@ -227,6 +239,47 @@ def test_args_json_may_not_differ_from_the_checkpoint(
     assert what.replace("\\", "") in said
 
 
+def test_an_earlier_runs_args_json_is_read_with_care(stopped, monkeypatch, capsys, argv):
+    record = json.loads((stopped / "args.json").read_text())
+    record["args"]["gamma"] = "x"
+    (stopped / "args.json").write_text(json.dumps(record))
+    start = ["--offline-checkpoint", stopped, *argv]
+    assert "gamma is 'x'" in refused(capsys, run, monkeypatch, "otc_td3bc", *start)
+
+
+def test_who_holds_the_policy_is_said(stopped, tmp_path, monkeypatch, capsys, argv):
+    argv[-1] = tmp_path / "second"
+    run(monkeypatch, "otc_td3bc", "--offline-checkpoint", stopped, *argv)
+    start = ["--offline-checkpoint", only(tmp_path / "second"), *argv]
+    said = refused(capsys, run, monkeypatch, "otc_td3bc", *start)
+    assert f"its policy is that of {stopped}" in said
+
+
+def test_a_seeds_missing_folder_is_said(tmp_path, monkeypatch, capsys, argv):
+    run(monkeypatch, "otc_td3bc", *argv, "--num-seeds", 2)
+    first, second = sorted((tmp_path / "runs").iterdir())
+    shutil.rmtree(second)
+    said = refused(capsys, run, monkeypatch, "otc_td3bc", "--resume", first)
+    assert f"{second} is missing" in said and not second.exists()
+
+
+def test_a_policy_is_kept_whenever_the_run_is_stopped(tmp_path, monkeypatch, argv):
+    save = runs.Run.save
+
+    def dies(self, state, name="checkpoint.pt"):
+        if name == "policy_0.pt":
+            raise RuntimeError("stopped here")
+        save(self, state, name)
+
+    monkeypatch.setattr(runs.Run, "save", dies)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        run(monkeypatch, "otc_td3bc", *argv, "--save-policies")
+    monkeypatch.setattr(runs.Run, "save", save)
+    folder = only(tmp_path / "runs")
+    run(monkeypatch, "otc_td3bc", "--resume", folder)
+    assert (folder / "policy_0.pt").exists()
+
+
 def test_two_processes_do_not_write_one_run(stopped, monkeypatch, capsys):
     code = (
         "import filelock, sys, time\n"
@@ -367,6 +420,38 @@ class ManyRewards(Point):
         return obs, dict.fromkeys(rewards, np.zeros(3)), *rest
 
 
+class NoRewards(Point):
+    def step(self, actions):
+        obs, rewards, *rest = super().step(actions)
+        return obs, dict.fromkeys(rewards), *rest
+
+
+class OneFlag(Point):
+    def step(self, actions):
+        obs, rewards, _, truncations, infos = super().step(actions)
+        return obs, rewards, False, truncations, infos
+
+
+class ShortObs(Point):
+    def reset(self, seed=None, options=None):
+        obs, infos = super().reset(seed, options)
+        return {agent: seen[:1] for agent, seen in obs.items()}, infos
+
+
+class LongObs(Point):
+    def step(self, actions):
+        obs, *rest = super().step(actions)
+        return {agent: np.append(seen, 0.0) for agent, seen in obs.items()}, *rest
+
+
+class OneReference(Point):
+    reference_returns = 5
+
+
+class SameReferences(Point):
+    reference_returns = 1, 1
+
+
 class ArrayReward(Point):
     def step(self, actions):
         obs, rewards, *rest = super().step(actions)
@@ -381,6 +466,12 @@ class ArrayReward(Point):
         (OldReset, r"reset returned dict, expected \(observations, infos\)"),
         (OldStep, r"step returned 4 parts, expected \(observations, rewards, terminations"),
         (ManyRewards, r"step gave a reward of shape \(3,\), expected one number"),
+        (NoRewards, "step gave a reward of None, expected one number"),
+        (OneFlag, "step gave terminations as bool, expected a dictionary"),
+        (ShortObs, "observation or action mask of 1 numbers, where its space has 2"),
+        (LongObs, "observation or action mask of 3 numbers, where its space has 2"),
+        (OneReference, "reference_returns 5, expected two different numbers"),
+        (SameReferences, r"reference_returns \(1, 1\), expected two different numbers"),
     ],
 )
 def test_tasks_that_cannot_be_used_are_refused_in_words(task, what):
@@ -430,6 +521,21 @@ def test_a_limit_that_is_assumed_is_said_once(capsys):
 
 def handlers():
     return [signal.getsignal(getattr(signal, name)) for name in runs.SIGNALS]
+
+
+def test_no_handler_closes_the_log_while_it_is_written(monkeypatch, argv):
+    """TensorBoard's writer has a lock: a handler that closes it meanwhile would wait for ever."""
+    calls = []
+    for name in ("log", "record_return", "record_offline"):
+        method = getattr(runs.Run, name)
+
+        def watched(self, *args, method=method, **kwargs):
+            calls.append(self.at_stop)
+            return method(self, *args, **kwargs)
+
+        monkeypatch.setattr(runs.Run, name, watched)
+    run(monkeypatch, "otc_td3bc", *argv)
+    assert len(calls) > 10 and not any(calls)
 
 
 def test_main_gives_the_signals_back(tmp_path, argv, data):

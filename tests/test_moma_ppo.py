@@ -242,6 +242,17 @@ def test_rollouts_are_cut_where_members_disagree_and_begin_anew(cuts):
     assert (rolled(agent)[1]["is_cut"][:, :3] == 0).all()
 
 
+@pytest.mark.parametrize(("length", "cuts", "share"), [(1, 1, 0), (4, 1, 1), (4, 0, 0), (3, 0, 0)])
+def test_the_last_step_is_no_cut_and_whole_rollouts_make_a_minibatch(length, cuts, share):
+    """Of rollouts of 3 steps 6 rows of 8 are left, less than the minibatch of 8."""
+    options = {"rollout_length": length, "transitions": 8, "minibatch_size": 8}
+    agent = made(2, obs_dim=1, action_dim=1, num_models=2, num_elites=2, **options)
+    distance = math.sqrt(2 * (2.1 if cuts else 1.9))
+    pretend(agent, [[1.0, 2.0, 0.0], [1.0 + distance, 2.0, 0.0]])
+    batch, _ = rolled(agent, 8 // length * length)
+    assert (agent.improve(batch)["losses/cut_share"] == share).all()
+
+
 def test_a_termination_begins_anew_without_a_cut_and_mistakes_of_actions_are_clipped():
     agent = made(2, obs_dim=1, action_dim=1)
     pretend(agent, [[1.0, 2.0, 0.5]] * 3, goes_on=0.2)

@@ -147,6 +147,9 @@ def test_distances_count_no_padding_and_no_other_agents_scale(distance):
             for _ in range(5):
                 losses = space.update(replay.gather(replay.draw_offline(32)))
         placed = space.place_rows(replay.draw_offline(32))
+        if distance == "residual":  # what a network says of an entry that is nobody's is nothing
+            own = torch.cat([replay.own_obs, replay.own_obs], dim=2)
+            assert (own < 1).any() and (placed * (1 - own) == 0).all()
         found.append((placed[0], {tag: value[0] for tag, value in losses.items()}))
     torch.testing.assert_close(*found, rtol=0, atol=0)
     if losses:  # its first errors are those of what it sees, about 1 for every entry of its own

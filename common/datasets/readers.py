@@ -152,8 +152,11 @@ def read_omar(folder: Path, task: str, vec: Any) -> dict[str, np.ndarray]:
         "next_observations": "next_obs",
         "terminals": "dones",
     }
-    if getattr(vec, "seen", None) is not None and (folder / "states_0.npy").exists():
-        keys |= {"observations": "states", "next_observations": "next_states"}
+    if getattr(vec, "seen", None) is not None:
+        # Views side by side that are as wide as the state would be taken for it
+        looks_like_state = vec.num_agents * vec.obs_dim == vec.state_dim
+        if (folder / "states_0.npy").exists() or looks_like_state:
+            keys |= {"observations": "states", "next_observations": "next_states"}
     found = {int(p.stem[4:]) for p in folder.glob("obs_*.npy") if p.stem[4:].isdigit()}
     # the last agent of these is the prey, which is part of the task here
     expected = {vec.num_agents, vec.num_agents + (task in ("simple-tag", "simple-world"))}
@@ -181,6 +184,9 @@ def read_omar(folder: Path, task: str, vec: Any) -> dict[str, np.ndarray]:
     for key in ("observations", "next_observations", "actions"):
         columns = [array.reshape(n, -1) for array in parts.pop(key)]
         data[key] = np.concatenate(columns, axis=1, dtype=np.float32, casting="unsafe")
+    if getattr(vec, "actuators", None) is not None:  # the robot's order, as D4RL's
+        in_agents_order, data["actions"] = data["actions"], np.empty_like(data["actions"])
+        data["actions"][:, vec.actuators] = in_agents_order
     rewards = [array.reshape(n) for array in parts["rewards"]]
     data["rewards"] = np.mean(rewards, axis=0, dtype=np.float64).astype(np.float32)
     dones = [array.reshape(n) for array in parts["terminals"]]

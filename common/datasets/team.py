@@ -9,6 +9,7 @@ import numpy as np
 from common import InputError
 from common.envs import TASKS
 
+COLUMNS = ("obs", "actions", "rewards", "next_obs", "terminations", "truncations")
 LARGEST = 1e15  # number that a million squares of still have a sum
 
 
@@ -51,7 +52,7 @@ class TeamDataset:
     def fingerprint(self) -> str:
         """Number of rows and a checksum of all of them: of the same data the same."""
         found = hashlib.blake2b(digest_size=8)
-        for name in ("obs", "actions", "rewards", "next_obs", "terminations", "truncations"):
+        for name in COLUMNS:
             found.update(np.ascontiguousarray(getattr(self, name)))
         return f"{len(self):,} transitions with checksum {found.hexdigest()}"
 
@@ -237,6 +238,6 @@ def thin(team: TeamDataset, size: int) -> TeamDataset:
             taken += len(rows[-1])
         start = end
     rows = np.concatenate(rows)
-    arrays = {k: v[rows] for k, v in vars(team).items() if isinstance(v, np.ndarray)}
+    arrays = {key: getattr(team, key)[rows] for key in COLUMNS}
     arrays["truncations"][-1] = not arrays["terminations"][-1]
     return replace(team, **arrays)

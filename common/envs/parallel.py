@@ -37,7 +37,7 @@ def find_factory(name: str) -> Callable[..., ParallelEnv]:
         raise InputError(f"{name!r} names no environment: expected package.module:factory")
     try:
         module = import_module(module_name)
-    except ImportError as error:
+    except (ImportError, TypeError) as error:  # TypeError: a name that begins with a dot
         raise InputError(
             f"cannot import {module_name!r} of {name!r}: {error}\n"
             "expected a module that Python finds (beside the script, or on PYTHONPATH)"
@@ -69,6 +69,9 @@ def results_of(returned, names: tuple[str, ...], where: str) -> tuple:
     if not isinstance(returned, tuple) or len(returned) != len(names):
         kind = f"{len(returned)} parts" if isinstance(returned, tuple) else type(returned).__name__
         raise InputError(f"{where} returned {kind}, expected ({', '.join(names)})")
+    for name, part in zip(names, returned, strict=True):
+        if not isinstance(part, dict):
+            raise InputError(f"{where} gave {name} as {type(part).__name__}, expected a dictionary")
     return returned
 
 
@@ -139,6 +142,13 @@ class ParallelTeam:
             note(f"{name} has no max_episode_steps: an episode is cut after 1000 steps")
             self.max_episode_steps = 1000
         self.reference_returns = getattr(env, "reference_returns", None)
+        if self.reference_returns is not None:
+            found = np.array(self.reference_returns, dtype=float).ravel()
+            if found.shape != (2,) or not np.isfinite(found).all() or found[0] == found[1]:
+                raise InputError(
+                    f"{name!r} has reference_returns {self.reference_returns}, expected two "
+                    "different numbers, of score 0 and 100"
+                )
         self.obs = np.zeros((self.num_agents, self.obs_dim), dtype=np.float32)
 
     def reset(self, seed: int | None) -> np.ndarray:
@@ -177,11 +187,9 @@ class ParallelTeam:
 
     def _reward(self, reward) -> float:
         """A number, or an array of one."""
-        if np.size(reward) != 1:
-            shape = np.shape(reward)
-            raise InputError(
-                f"{self.name!r}: step gave a reward of shape {shape}, expected one number"
-            )
+        if reward is None or np.size(reward) != 1:
+            what = "None" if reward is None else f"shape {np.shape(reward)}"
+            raise InputError(f"{self.name!r}: step gave a reward of {what}, expected one number")
         return float(np.reshape(reward, ()))
 
     def set_deployment(self, k: int, num_deployments: int) -> None:
@@ -196,10 +204,20 @@ class ParallelTeam:
                 seen = observations[agent]
                 if self.discrete:
                     is_dict = isinstance(seen, dict)
-                    self.obs[i, self.num_features :] = seen["action_mask"] if is_dict else 1
+                    legal = seen["action_mask"] if is_dict else np.ones(self.action_sizes[i])
+                    self.obs[i, self.num_features :] = self._sized(legal, self.action_sizes[i])
                     seen = seen["observation"] if is_dict else seen
-                self.obs[i, : self.obs_sizes[i]] = np.ravel(seen)
+                self.obs[i, : self.obs_sizes[i]] = self._sized(seen, self.obs_sizes[i])
         return self.obs
+
+    def _sized(self, values, size: int) -> np.ndarray:
+        """Flat, (size,)."""
+        if np.size(values) != size:
+            raise InputError(
+                f"{self.name!r} gave an observation or action mask of {np.size(values)} numbers, "
+                f"where its space has {size}"
+            )
+        return np.ravel(values)
 
     def close(self) -> None:
         self.env.close()

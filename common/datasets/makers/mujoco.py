@@ -3,9 +3,10 @@
 The file has D4RL's layout. The policies, `{task}.npz` beside this file, are S snapshots of one SAC
 training in increasing order: `w0 (S, obs_dim, 64) b0 (S, 64) w1 b1 w_mean b_mean w_log_std
 b_log_std`, `steps (S,)` environment steps trained (`steps[0]` is 0: freshly initialised), `medium`
-the index of the medium policy, `replay (R,)` the indices of those that make medium-replay.
-As in D4RL, `random` is the fresh policy and every policy acts stochastically. D4RL's medium-replay
-is what training had seen until it was medium; here its snapshots share the rows equally.
+the index of the medium policy, `replay (R,)` the indices of those that make medium-replay. Of ant
+`replay` goes to the training's end and makes full-replay, and there is the index of an `expert`.
+As in D4RL, `random` is the fresh policy and every policy acts stochastically. D4RL's replay data is
+what training had seen until then; here its snapshots share the rows equally.
 """
 
 import zlib
@@ -49,6 +50,13 @@ def load_policies(task: str) -> dict[str, np.ndarray]:
 def snapshot(policies: dict[str, np.ndarray], index: int) -> Policy:
     """One policy of the stack."""
     return {name: policies[name][index] for name in WEIGHTS}
+
+
+def acting(policies: dict[str, np.ndarray], quality: str) -> list[int]:
+    """The indices of the policies that make a quality."""
+    if quality == "random":
+        return [0]
+    return np.atleast_1d(policies["replay" if "replay" in quality else quality]).tolist()
 
 
 def sample_action(policy: Policy, obs: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -132,7 +140,7 @@ def plan(task: str, quality: str, size: int) -> list[tuple[int, list[Chunk]]]:
     ones. The plan depends on the arguments and the shipped policies alone.
     """
     policies = load_policies(task)
-    indices = {"random": [0], "medium": [int(policies["medium"])]}.get(quality, policies["replay"])
+    indices = acting(policies, quality)
     # Where the policies get several episodes each, their shares are multiples of the time limit
     unit = 1_000 if size >= 4_000 * len(indices) else 1
     bounds = np.arange(len(indices) + 1) * size // (len(indices) * unit) * unit
@@ -174,9 +182,8 @@ def write(file: h5py.File, task: str, quality: str, size: int, bar: Any, num_wor
                 bar.update(n)
             futures.clear()  # the rows are written: free them
     policies = load_policies(task)
-    indices = {"random": [0], "medium": [policies["medium"]]}.get(quality, policies["replay"])
     file["metadata/algorithm"] = "SAC"
-    file["metadata/policy_steps"] = policies["steps"][np.array(indices)]
+    file["metadata/policy_steps"] = policies["steps"][acting(policies, quality)]
     file["metadata/policy_rows"] = [rows for rows, _ in parts]
     for module in (gymnasium, mujoco, np):
         file[f"metadata/versions/{module.__name__}"] = module.__version__
