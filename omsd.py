@@ -67,7 +67,7 @@ class Args(OfflineArgs):
     """weight of the predicted noise at noise level t: vds sigma^2, as published, one 1, ratio
     alpha/sigma, which with a low --t-max is the score of hardly noised data; default: vds, of the
     bandits ratio"""
-    t_min: Share = 0.02
+    t_min: Annotated[float, cli.Range(0, 1, open=True)] = 0.02
     """least noise level at which a score is asked for"""
     t_max: Share | None = None
     """largest one; default: 0.98, of the bandits 0.2"""

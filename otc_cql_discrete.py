@@ -70,7 +70,7 @@ class Args(OnlineArgs):
     embedding_kl_weight: float = 5e-4
     """weight of the KL divergence against the squared error in those VAEs; see docs/otc.md"""
     embedding_learning_rate: float = 1e-4
-    """Adam's, of those VAEs"""
+    """Adam's, of a distance's networks"""
 
     # Discrete CQL arguments
     finetune_updates: int = 2000

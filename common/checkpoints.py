@@ -105,8 +105,7 @@ def read_resumed(args, script: str) -> dict:
 
 
 def read_offline_checkpoint(args, script: str) -> dict:
-    """The offline policy of --offline-checkpoint, trained on the same data for the same seeds; its
-    number of offline updates becomes that of `args`.
+    """The offline policy of --offline-checkpoint, trained on the same data for the same seeds.
 
     Raises:
         InputError: as `read_checkpoint`, or trained with other arguments.
@@ -119,7 +118,6 @@ def read_offline_checkpoint(args, script: str) -> dict:
         )
     checkpoint = read_checkpoint(args.offline_checkpoint, "offline.pt", script)
     check_same(checkpoint["args"], args, args.SAME_POLICY, "--offline-checkpoint")
-    args.offline_updates = checkpoint["args"]["offline_updates"]
     return checkpoint
 
 

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -67,16 +68,16 @@ class OfflineArgs:
     num_seeds: int = 1
     """seeds `seed ... seed+num_seeds-1`, trained together and logged as separate runs"""
     offline_updates: Natural = 100_000
-    """updates on the offline data before the first deployment"""
+    """updates on the offline data, before any deployment"""
     batch_size: int = 128
     """transitions per update"""
     eval_every: Count = 10_000
     """offline updates between two evaluations"""
     eval_episodes: int = 10
-    """episodes of every evaluation and seed; those of the deployments do not count"""
+    """episodes of every evaluation and seed"""
     # Run arguments
     checkpoint_every: Count = 10_000
-    """updates between two checkpoints, besides those at every deployment"""
+    """updates between two checkpoints; deployments have their own"""
     env_workers: Natural | None = None
     """processes beside this one that step the environments, the numbers stay the same; default: one
     per further core where there are enough environments, none for those that step as one batch"""
@@ -101,7 +102,9 @@ class OfflineArgs:
     """run folder to continue, with the arguments it was started with"""
 
     # In what --offline-checkpoint's run must agree; a script may have more
-    SAME_POLICY: ClassVar = (*("env", "dataset_size", "split", "seed", "num_seeds", "hidden_size"),)
+    SAME_POLICY: ClassVar = (
+        *("env", "dataset_size", "split", "seed", "num_seeds", "hidden_size", "offline_updates"),
+    )
     # None of these; `OnlineArgs` has them
     deployments: ClassVar[int] = 0
     exploration: ClassVar[str] = "none"
@@ -157,6 +160,7 @@ def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    threading.excepthook = report_thread
     try:
         main((parser or parse)(args_type, description=sys.modules[main.__module__].__doc__))
     except KeyboardInterrupt:  # before training, which saves and says how to go on
@@ -180,6 +184,12 @@ def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None
         if runs.Run.unfinished is not None:
             runs.Run.unfinished.close()
             runs.Run.unfinished = None
+
+
+def report_thread(failed) -> None:
+    """What ended a thread; of TensorBoard's writers the next call raises the same."""
+    if type(failed.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failed)
 
 
 def say(text: str) -> None:

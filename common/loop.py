@@ -307,6 +307,7 @@ def collect(
     """
     S, N = envs.num_envs, envs.num_agents
     obs = envs.reset(seed=seed)
+    check_finite(0, obs, np.zeros(0), obs)
     data = {
         "obs": np.empty((S, steps, N, envs.obs_dim), np.float32),
         "actions": np.empty((S, steps, N, envs.action_dim), np.float32),
@@ -319,7 +320,7 @@ def collect(
     policy, begins = team_policy(agent, obs, S, device, graph), None
     for t in range(steps):
         explorer = t * N // steps if exploration == "sequential" else -1
-        actions = policy(obs, explorer, begins)
+        actions = finite_actions(policy(obs, explorer, begins))
         next_obs, rewards, terminations, truncations, final_obs = envs.step(envs.to_box(actions))
         step_data = (obs, actions, rewards, final_obs, terminations, explorer)
         for array, value in zip(data.values(), step_data, strict=True):
@@ -336,17 +337,25 @@ def episode_returns(
 ) -> list[list[float]]:
     """Returns of the first episode in every environment, per seed."""
     obs = envs.reset(seed=seed)
+    check_finite(0, obs, np.zeros(0), obs)
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
     policy, begins = team_policy(agent, obs, num_seeds, device, graph), None
     for t in itertools.count():
         if not running.any():
             return returns.reshape(num_seeds, -1).tolist()
-        actions = envs.to_box(policy(obs, begins=begins))
+        actions = envs.to_box(finite_actions(policy(obs, begins=begins)))
         obs, rewards, terminations, truncations, final_obs = envs.step(actions)
         check_finite(t, final_obs, rewards, obs)
         returns += rewards * running
         begins = terminations | truncations
         running &= ~begins
+
+
+def finite_actions(actions: np.ndarray) -> np.ndarray:
+    """Raises InputError where the policy gave a number that is none."""
+    if not np.isfinite(actions).all():
+        raise InputError("the policy gave an action that is not finite: the training diverged")
+    return actions
 
 
 def check_finite(step: int, obs: np.ndarray, rewards: np.ndarray, next_start: np.ndarray) -> None:

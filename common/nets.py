@@ -58,7 +58,8 @@ class Stack(nn.Sequential):
         biases = zip(*(layer.bias for layer in layers), strict=True)
         inputs = x if x.dim() == 3 else [each for part in x for each in part]  # copies nothing
         outputs = []
-        for h, (*hidden, last), (*shifts, shift) in zip(inputs, weights, biases, strict=False):
+        layers_of_each = list(zip(weights, biases, strict=True))[: len(inputs)]
+        for h, ((*hidden, last), (*shifts, shift)) in zip(inputs, layers_of_each, strict=True):
             for weight, bias in zip(hidden, shifts, strict=True):
                 h = torch.mm(h, weight).add_(bias).relu_()
             if last.shape[1] == 1:

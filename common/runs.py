@@ -22,7 +22,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from common import InputError, code_version, release
-from common.checkpoints import FORMAT, seeds_folders, write_beside
+from common.checkpoints import FORMAT, read_record, seeds_folders, write_beside
 from common.datasets import is_omar, parse_env
 from common.envs.tasks import normalized_score, win_rate
 from common.strategies import strategy_name
@@ -80,6 +80,9 @@ class Run:
         if checkpoint is not None:
             self.folders = seeds_folders(args.resume)
             self.rows = checkpoint["rows"]
+            was, now = read_record(args.resume).get("code"), code_version()
+            if was != now:
+                print(f"note: begun with code {was}, going on with {now}", file=sys.stderr)
         else:
             self.folders = self._make_folders(data_return)
         self._lock()
@@ -123,6 +126,8 @@ class Run:
                         folder.mkdir()
                     break
                 except FileExistsError:
+                    for made in folders[: folders.index(folder)]:
+                        made.rmdir()
                     stamp += 1
             content = {"args": args, "script": self.script, "code": code_version()}
             content["data_return"] = data_return
@@ -330,8 +335,10 @@ class Run:
 
     def close(self) -> None:
         """Flush TensorBoard, end what is tracked, and put the signals' handlers back."""
-        for writer in self.writers:
-            writer.close()
+        writers, self.writers = self.writers, []
+        for writer in writers:
+            with contextlib.suppress(OSError):  # a full disk's; a checkpoint has flushed before
+                writer.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
         self.handlers = {}

@@ -135,7 +135,8 @@ def relative_to_mean(
 
 def rank_at_random(distance: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Distances (G, B) >= 0 in which the entries of mask (G, B) are moved to random ranks among the
-    others of their group, so that they are drawn as often as chance would."""
+    others of their group, so that they are drawn as often as chance would; where there are no
+    others, all to random ranks."""
     # Every entry gets a random key; one of the mask goes where as many others lie below it.
     order = torch.rand_like(distance).argsort(1)
     below = (~mask).gather(1, order).cumsum(1)
@@ -145,8 +146,9 @@ def rank_at_random(distance: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     others = distance.masked_fill(mask, torch.inf).sort(1).values
     edges = torch.cat([torch.zeros_like(top), others.minimum(top), top], dim=1)
     low, high = edges.gather(1, below), edges.gather(1, below + 1)
+    high = torch.where(mask.all(1, keepdim=True), torch.ones_like(high), high)
     moved = low + (high - low) * torch.rand_like(distance)
-    return torch.where(mask & (~mask).any(1, keepdim=True), moved, distance)
+    return torch.where(mask, moved, distance)
 
 
 def rank_probabilities(alpha: torch.Tensor, num_ranks: int) -> torch.Tensor:

@@ -179,7 +179,7 @@ def test_failure_leaves_nothing(policies, tmp_path, monkeypatch):
             return super().submit(chunk)
 
     monkeypatch.setattr(mujoco, "Workers", Failing)
-    with pytest.raises(RuntimeError, match="rollout process died"):
+    with pytest.raises(InputError, match="a process that makes data died"):
         makers.make("hopper", "random", 1000, tmp_path / "out" / "data.hdf5", num_workers=1)
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -239,7 +239,8 @@ def test_the_prey_is_not_one_of_the_agents(tmp_path):
     [
         (100, 49, [], [24, 49, 74, 99]),  # at the time limit: that is what it means
         (100, 30, [30], [99]),  # episodes of other lengths
-        (90, None, [], [89]),  # not whole episodes: unknown where they end
+        (90, None, [], [24, 49, 74, 89]),  # the last episode is cut
+        (90, 49, [], [24, 49, 74, 89]),
     ],
 )
 def test_ends_of_omars_episodes(tmp_path, n, done, terminations, truncations):

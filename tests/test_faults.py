@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,7 +20,7 @@ import pytest
 import torch
 
 import otc_td3bc
-from common import InputError, checkpoints, datasets, runs
+from common import InputError, checkpoints, datasets, loop, runs
 from common.datasets import readers
 from common.envs import make_vec, workers
 from common.envs.parallel import ParallelTeam
@@ -86,6 +87,28 @@ def test_a_training_that_diverges_says_so(tmp_path, monkeypatch, capsys, argv):
     argv += ["--critic-learning-rate", "1e9", "--offline-updates", "400", "--eval-every", "400"]
     said = refused(capsys, run, monkeypatch, "otc_td3bc", *argv)
     assert "is not finite after" in said and "seed 1, agent" in said
+
+
+SHARED = Point()
+
+
+def shared():
+    return SHARED
+
+
+def test_one_environment_is_not_many():
+    with pytest.raises(InputError, match="the same environment twice"):
+        make_vec(f"{__name__}:shared", 2, 0)
+
+
+def test_numbers_that_are_none_are_told_apart():
+    """An environment's first observation, and a policy's action."""
+    policy = torch.nn.Module()
+    policy.act = lambda obs: obs[..., :1] * torch.nan
+    for task, who in (("NotFirst", "the environment gave a observation"), ("Point", "the policy")):
+        envs = make_vec(f"{__name__}:{task}", 2, 0)
+        with pytest.raises(InputError, match=f"{who}.* not finite"):
+            loop.episode_returns(envs, policy, 1, (1, 0), torch.device("cpu"))
 
 
 def test_what_diverged_is_in_no_checkpoint(tmp_path, monkeypatch, capsys, argv):
@@ -253,6 +276,20 @@ def test_who_holds_the_policy_is_said(stopped, tmp_path, monkeypatch, capsys, ar
     start = ["--offline-checkpoint", only(tmp_path / "second"), *argv]
     said = refused(capsys, run, monkeypatch, "otc_td3bc", *start)
     assert f"its policy is that of {stopped}" in said
+
+
+def test_other_code_is_said(stopped, monkeypatch, capsys):
+    record = json.loads((stopped / "args.json").read_text())
+    for code, times in ((record["code"], 0), ("0123456789ab", 1)):
+        (stopped / "args.json").write_text(json.dumps(record | {"code": code}))
+        run(monkeypatch, "otc_td3bc", "--resume", stopped)
+        assert capsys.readouterr().err.count(f"begun with code {code}") == times
+
+
+def test_the_policys_number_of_updates_is_its_own(stopped, tmp_path, monkeypatch, capsys, argv):
+    more = ["--offline-checkpoint", stopped, *argv, "--offline-updates", 61]
+    said = refused(capsys, run, monkeypatch, "otc_td3bc", *more)
+    assert "the checkpoint was trained with --offline-updates" in said and "not 61" in said
 
 
 def test_a_seeds_missing_folder_is_said(tmp_path, monkeypatch, capsys, argv):
@@ -444,6 +481,16 @@ class LongObs(Point):
         return {agent: np.append(seen, 0.0) for agent, seen in obs.items()}, *rest
 
 
+class NoLimit(Point):
+    max_episode_steps = math.inf
+
+
+class NotFirst(Point):
+    def reset(self, seed=None, options=None):
+        obs, infos = super().reset(seed, options)
+        return {agent: seen * np.nan for agent, seen in obs.items()}, infos
+
+
 class OneReference(Point):
     reference_returns = 5
 
@@ -470,6 +517,7 @@ class ArrayReward(Point):
         (OneFlag, "step gave terminations as bool, expected a dictionary"),
         (ShortObs, "observation or action mask of 1 numbers, where its space has 2"),
         (LongObs, "observation or action mask of 3 numbers, where its space has 2"),
+        (NoLimit, "max_episode_steps inf, expected a number of steps"),
         (OneReference, "reference_returns 5, expected two different numbers"),
         (SameReferences, r"reference_returns \(1, 1\), expected two different numbers"),
     ],
@@ -619,6 +667,30 @@ def test_a_full_disk_ends_in_words_and_leaves_the_last_checkpoint(
     monkeypatch.setattr(os, "replace", replace)
     run(monkeypatch, "otc_td3bc", "--resume", folder)
     assert (folder / "returns.csv").read_text().count("\n") == 4
+
+
+def test_a_disk_that_fills_while_tensorboard_writes_ends_in_words(tmp_path, argv):
+    """Its own thread meets the error, and meets it again when the writers are closed."""
+    code = (
+        "import sys\n"
+        "from tensorboard.summary.writer.record_writer import RecordWriter\n"
+        "write, count = RecordWriter.write, [0]\n"
+        "def full(self, data):\n"
+        "    count[0] += 1\n"
+        "    if count[0] > 12:\n"
+        "        raise OSError(28, 'No space left on device')\n"
+        "    write(self, data)\n"
+        "RecordWriter.write = full\n"
+        "import otc_td3bc\n"
+        "from common import cli\n"
+        "cli.cli(otc_td3bc.main, otc_td3bc.Args)"
+    )
+    flags = [*map(str, argv), "--log-every", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
 
 
 def process(argv, **options):

@@ -637,12 +637,19 @@ def test_what_is_left_unranked_is_drawn_as_chance_would():
     for _ in range(rounds):
         changed = sampler.rank_at_random(distance, mask)
         assert torch.equal(changed[~mask], distance[~mask])
-        assert torch.equal(changed[1:], distance[1:])  # nothing to take the distance of, or no need
+        assert torch.equal(changed[2], distance[2])
         index = sampler.draw_by_rank(changed, torch.full((3,), 2.0), 50)
         drawn += mask.gather(1, index).float().mean(1) / rounds
     assert abs(drawn[0] - mask[0].float().mean()) < 0.03
     ranked = sampler.draw_by_rank(distance, torch.full((3,), 2.0), 50)
     assert mask[0][ranked[0]].float().mean() > 0.9
+
+    # Where all are left out, whatever their distances: all are as likely
+    distance, mask = torch.arange(8.0).expand(4000, -1), torch.ones(4000, 8, dtype=bool)
+    index = sampler.draw_by_rank(
+        sampler.rank_at_random(distance, mask), torch.full((4000,), 2.0), 8
+    )
+    assert (index.flatten().bincount(minlength=8) / 32_000 - 1 / 8).abs().max() < 0.015
 
     # Each rank, the first and the last too, is as likely as any other
     distance, mask = torch.rand(4000, 8), torch.arange(8).expand(4000, -1) < 3

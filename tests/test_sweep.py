@@ -133,7 +133,7 @@ def grid(tmp_path_factory):
     """One script, two seeds together, two strategies, and one that fails as it begins."""
     folder = tmp_path_factory.mktemp("sweep")
     flags = {k[2:]: v for k, v in QUICK.items() if k not in ("--num-seeds", "--env-workers")}
-    flags |= {"dataset": str(write_data(folder / "point.hdf5")), "offline-updates": 1500}
+    flags |= {"dataset": str(write_data(folder / "point.hdf5")), "offline-updates": 3000}
     flags |= {"eval-every": 500, "checkpoint-every": 100, "finetune-updates": 300}
     for own in ("seed", "threads"):
         flags.pop(own, None)
@@ -210,12 +210,13 @@ def test_an_interrupted_sweep_ends_as_if_it_had_not_been(whole, grid, tmp_path, 
         assert "0 of 4 jobs are done; the same command goes on" in said
         assert not list(tmp_path.glob("grid/*pi0*/*/offline.pt"))  # amid its updates
     else:  # its job lives, but Ray's: end that too, or the test would not see a second life
+        found = ["pgrep", "-f", f"run-dir {tmp_path}"]
+        pids = subprocess.run(found, capture_output=True, text=True).stdout.split()
+        for pid in pids:  # it holds its run, and does not end before it is looked at
+            os.kill(int(pid), signal.SIGSTOP)
         busy = driver(grid, tmp_path, "status").communicate()[0]
         assert "running" in busy or executor == "ray"
-        pids = subprocess.run(
-            ["pgrep", "-f", f"run-dir {tmp_path}"], capture_output=True, text=True
-        )
-        for pid in pids.stdout.split():
+        for pid in pids:
             os.kill(int(pid), signal.SIGKILL)
     driver(grid, tmp_path, executor=executor).communicate()
     expected, found = finished(whole[0]), finished(tmp_path)

@@ -92,9 +92,10 @@ def download(url: str, path: Path) -> None:
             if partial is not None:
                 try:
                     _fetch(url, path, partial)
-                except urllib.error.URLError:
+                except urllib.error.URLError as error:
                     if not url.startswith("https:"):
                         raise
+                    print(f"{url}: {error}; trying http", file=sys.stderr)
                     _fetch(url.replace("https", "http", 1), path, partial)
     except (OSError, HTTPException) as error:
         raise InputError(

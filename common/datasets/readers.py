@@ -142,8 +142,8 @@ def read_omar(folder: Path, task: str, vec: Any) -> dict[str, np.ndarray]:
 
     Of a task whose agents see parts of the full state, that is taken from `states_i next_states_i`.
     The team's reward is the mean over its agents. OMAR's dones leave the time limit out, so if none
-    is set but at the time limit, and the rows are whole episodes of that length, every such
-    episode was cut by the limit; otherwise dones are terminations.
+    is set but at the time limit, every stretch of that length was an episode that the limit cut,
+    and what is left the beginning of another; otherwise dones are terminations.
     """
     keys = {
         "observations": "obs",
@@ -192,7 +192,7 @@ def read_omar(folder: Path, task: str, vec: Any) -> dict[str, np.ndarray]:
     dones = [array.reshape(n) for array in parts["terminals"]]
     dones = as_flags(np.stack(dones), f"{folder}: dones").any(axis=0)
     at_limit = np.arange(1, n + 1) % vec.max_episode_steps == 0
-    if n % vec.max_episode_steps or (dones & ~at_limit).any():
+    if (dones & ~at_limit).any():
         at_limit[:] = False
     data["terminals"], data["timeouts"] = dones & ~at_limit, at_limit
     return data

@@ -44,7 +44,7 @@ class TeamDataset:
 
     def mean_return(self) -> float:
         """Mean return of the episodes that the data holds, without the last, which may be cut, if
-        there are others."""
+        there are others. Files without next_observations lack a timed-out episode's last reward."""
         ends = np.flatnonzero(self.terminations | self.truncations) + 1
         sums = np.add.reduceat(self.rewards, np.append(0, ends[:-1]), dtype=np.float64)
         return float(sums[:-1].mean() if len(sums) > 1 else sums[0])

@@ -20,6 +20,7 @@ import traceback
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,11 @@ class ParallelTeam:
         if self.max_episode_steps is None:
             note(f"{name} has no max_episode_steps: an episode is cut after 1000 steps")
             self.max_episode_steps = 1000
+        if not isinstance(self.max_episode_steps, Integral) or self.max_episode_steps < 1:
+            raise InputError(
+                f"{name!r} has max_episode_steps {self.max_episode_steps}, expected a number of "
+                "steps, 1 or more"
+            )
         self.reference_returns = getattr(env, "reference_returns", None)
         if self.reference_returns is not None:
             found = np.array(self.reference_returns, dtype=float).ravel()
@@ -226,6 +232,8 @@ class ParallelTeam:
 def make_vec(task: str, num_envs: int, seed: int) -> VecEnv:
     """See `common.envs.make_vec`."""
     teams = [ParallelTeam(task) for _ in range(num_envs)]
+    if len({id(team.env) for team in teams}) < num_envs:
+        raise InputError(f"{task} gave the same environment twice, expected a new one at each call")
     for kind, sizes in (("observations", teams[0].obs_sizes), ("actions", teams[0].action_sizes)):
         if len(set(sizes)) > 1:
             note(

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from common import InputError
+
 
 class Workers:
     """Processes that roll pieces out, each driven by a thread.
@@ -35,7 +37,7 @@ class Workers:
             self.idle.put(process)
 
     def submit(self, chunk: Any) -> Future:
-        """`chunk.roll()` in one of the processes; the future raises RuntimeError if that dies."""
+        """`chunk.roll()` in one of the processes; the future raises InputError if that dies."""
         return self.threads.submit(self._roll, chunk)
 
     def _roll(self, chunk: Any) -> dict[str, np.ndarray]:
@@ -45,7 +47,9 @@ class Workers:
             process.stdin.flush()
             return pickle.load(process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError) as error:
-            raise RuntimeError(f"a rollout process died (status {process.poll()})") from error
+            raise InputError(
+                f"a process that makes data died (status {process.poll()}): out of memory?"
+            ) from error
         finally:
             self.idle.put(process)
 
