@@ -57,6 +57,7 @@ class Args:
     hidden_size: int = 64
     denoiser_size: int = 32
     dropout: float = 0.0
+    control_variate: bool = True
     device: str = "cpu"
 
 
@@ -110,6 +111,7 @@ def exact_end(start, score, weight, t_range, beta, steps=600, rate=0.05):
 def learner(args: Args, score: str, **options):
     its = {k: getattr(args, k) for k in ("num_seeds", "learning_rate", "hidden_size", "dropout")}
     its |= {"denoiser_size": args.denoiser_size, "policy_updates": args.policy_updates}
+    its["control_variate"] = args.control_variate
     total = args.model_updates + args.policy_updates
     settings = omsd.Args(env=args.env, score=score, offline_updates=total, **its, **options)
     torch.manual_seed(1)
@@ -161,7 +163,8 @@ def measure(args: Args) -> None:
             found, right = ends.prod(1), exact.prod(1)
             print(
                 f"{score:12} {weight:6} [.02, {t_max}] beta {beta:<4} reward {found.mean():5.2f} "
-                f"+- {found.std():.2f}   exact {right.mean():5.2f} +- {right.std():.2f}",
+                f"+- {found.std(correction=0):.2f}   exact {right.mean():5.2f} "
+                f"+- {right.std(correction=0):.2f}",
                 flush=True,
             )
         write_csv(args.csv, rows)

@@ -2,7 +2,7 @@ r"""Returns of OMSD's policies by score and over beta: critics and denoisers are
 score and data set, then fresh policies per beta; of the score none, IQL's own policies, once.
 
     OMP_NUM_THREADS=1 python -m benchmarks.omsd_beta simple-spread-expert simple-spread-random \
-        --csv docs/results/omsd/beta.csv
+        --csv FILE.csv
 
 All seeds are stacked. A row per data set, split, score, beta and seed; what there is of the file is
 kept, and its settings are not measured again.
@@ -107,7 +107,8 @@ def measure(args: Args, env: str, score: str) -> list[dict]:
                 }
             )
         scores = torch.tensor([row["normalized_score"] for row in rows[-S:]])
-        print(f"{env} {score} beta {beta}: {scores.mean():.1f} +- {scores.std():.1f}", flush=True)
+        mean, std = scores.mean(), scores.std(correction=0)
+        print(f"{env} {score} beta {beta}: {mean:.1f} +- {std:.1f}", flush=True)
     return rows
 
 
