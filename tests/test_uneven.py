@@ -108,6 +108,54 @@ def test_weights_of_the_padding_do_not_matter(script, flags):
         assert torch.equal(*(x if place is None else x * ~place for x in (one, other)))
 
 
+OFFLINE = [
+    ("bc", {}),
+    ("iql", {}),
+    ("maiql", {}),
+    ("matd3bc", {}),
+    ("moma_ppo", {}),
+    ("omar", {"critic": "centralised", "penalise_policy": True, "num_seeds": 2}),
+    ("omsd", {}),
+    ("omsd", {"score": "joint"}),
+    ("omsd", {"score": "none"}),
+    ("omsd", {"score": "independent", "prefix": "after", "normalize_q": True}),
+]
+
+
+@pytest.mark.parametrize(("script", "flags"), OFFLINE, ids=str)
+def test_what_an_actor_makes_of_the_padding_does_not_matter(script, flags):
+    """Bit for bit, in the scripts without deployments and of teams; of denoisers likewise."""
+    replay, results = Replay(uneven_team(), 2, 0, 1), []
+    for shaken in (False, True):
+        torch.manual_seed(0)
+        agent, kind_of = make(script, 4, **flags)
+        agent.take_own(replay)
+        agent.measure_scales(replay)
+        actor = agent.actor.network if isinstance(agent.actor, Actor) else agent.actor
+        last = [actor[-1]]
+        if script == "omsd" and flags.get("score") not in ("joint", "none"):
+            last.append(agent.denoiser.head)
+        with torch.no_grad():
+            for layer in last if shaken else []:
+                columns = (agent.own == 0).repeat(1, 1, layer.weight.shape[2] // ACTION_DIM)
+                assert columns.any()
+                layer.weight += columns * torch.randn_like(layer.weight)
+                layer.bias += columns * torch.randn_like(layer.bias)
+        torch.manual_seed(1)
+        found = []
+        for number in range(1, 17):
+            if script == "omar":
+                batch = replay.gather_team(replay.draw_offline(24))
+            else:
+                batch = replay.gather_teams(replay.draw_teams(24))
+            losses = update_number(agent, batch, number, kind_of)
+            found += [value.clone() for value in losses.values()]
+        obs = batch["obs"][:, :, 0] if script == "omar" else batch["obs"]
+        results.append([*found, agent.act(obs)])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if script not in CENTRAL])
 def test_another_agents_observations_do_not_matter_bit_for_bit(script):
     """Nor their scale: agent 1's are a thousand times as large in one of two runs."""
