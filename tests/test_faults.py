@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import h5py
@@ -620,7 +621,8 @@ def test_a_stop_amid_an_offline_evaluation_is_heard_and_nothing_is_lost(
     tmp_path, monkeypatch, argv, number
 ):
     """Equal to the undisturbed run, each point of TensorBoard once."""
-    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # even under nohup
+    even_under_nohup = vars(signal) | {"getsignal": lambda number: signal.SIG_DFL}
+    monkeypatch.setattr(runs, "signal", types.SimpleNamespace(**even_under_nohup))
     slow = [*argv, "--offline-updates", 60, "--eval-every", 30]
     run(monkeypatch, "otc_td3bc", *slow[:-4], "--run-dir", tmp_path / "whole")
     steps, step = [], Point.step
