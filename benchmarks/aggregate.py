@@ -153,6 +153,7 @@ class Finished:
     code: str = "unknown"  # commit
     data_return: float | None = None  # of the data's episodes
     method: str = ""  # as printed
+    by: str = ""  # what --by adds to the strategy
 
     def value(self, column: str, of: str) -> float | np.ndarray:
         """One number, as --of says; the whole "curve", (K + 1,). All nan are the normalised scores
@@ -195,9 +196,12 @@ def read(args: Args) -> tuple[Cells, list[str]]:
     Raises:
         InputError: there are none, one is unreadable, or they cannot be compared.
     """
-    folders = {
-        path.parent.resolve() for each in args.runs for path in Path(each).rglob("args.json")
-    }
+    folders = set()
+    for each in args.runs:
+        its = {path.parent.resolve() for path in Path(each).rglob("args.json")}
+        if not its:
+            raise InputError(f"no run in {each}")
+        folders |= its
     found, unfinished, by = [], [], [name.replace("-", "_") for name in args.by]
     for folder in sorted(folders):
         record, path = checkpoints.read_record(folder), folder / "returns.csv"
@@ -207,8 +211,9 @@ def read(args: Args) -> tuple[Cells, list[str]]:
             unfinished.append(folder)
             continue
         task = its["env"] + (f" ({its['split']})" if its.get("split") else "")
-        strategy = " ".join([strategies.strategy_name(its), *(f"{n}={its.get(n)}" for n in by)])
-        more = record.get("code", "unknown"), record.get("data_return")
+        added = "".join(f" {n}={its.get(n)}" for n in by)
+        strategy = strategies.strategy_name(its) + added
+        more = record.get("code", "unknown"), record.get("data_return"), "", added
         found.append(Finished(folder, script, strategy, task, record["seed"], its, rows, *more))
     known = {name for run in found for name in run.args}
     for name in (name for name in by if found and name not in known):
@@ -295,13 +300,17 @@ def baselines(cells: Cells, asked: str | None) -> dict[str, str]:
         InputError: there is none of that name.
     """
     its = {method: next(iter(cell.values())) for (method, _), cell in cells.items()}
-    names = sorted({name for run in its.values() for name in (run.strategy, run.method)})
+    plain = {method: run.strategy.removesuffix(run.by) for method, run in its.items()}
+    names = {name for run in its.values() for name in (run.strategy, run.method)}
+    names = sorted(names | set(plain.values()))
     if asked and asked not in names:
         raise InputError(f"--baseline {asked}: no run is of it; {nearest(asked, names)}")
     name, found = asked or "uniform", {}
     for method, run in its.items():
-        of_script = {r.strategy: other for other, r in its.items() if r.script == run.script}
-        base = name if name in its else of_script.get(name)
+        of_script = {other: r for other, r in its.items() if r.script == run.script}
+        found_names = {r.strategy: other for other, r in of_script.items()}
+        found_names |= {plain[other]: other for other, r in of_script.items() if r.by == run.by}
+        base = name if name in its else found_names.get(name)
         if base not in (None, method):
             found[method] = base
     return found
@@ -445,12 +454,13 @@ def draw(path: str, cells: Cells, parts: list, base: dict[str, str], args: Args)
         for method in samples:
             shared, *both = paired(samples[method], samples.get(base.get(method), ([], None)))
             pairs |= {method: both} if len(shared) > 1 else {}
-        axis = panel(
-            f"{title}, paired with {', '.join(sorted(set(base.values())))}", step,
-            "IQM less the baseline's", deployed,
-            lambda x, y: each_iqm(x) - each_iqm(y), pairs,
-        )  # fmt: skip
-        axis.axhline(0, color="grey", lw=0.8)
+        if pairs:
+            axis = panel(
+                f"{title}, paired with {', '.join(sorted(set(base.values())))}", step,
+                "IQM less the baseline's", deployed,
+                lambda x, y: each_iqm(x) - each_iqm(y), pairs,
+            )  # fmt: skip
+            axis.axhline(0, color="grey", lw=0.8)
     samples = {m: (x,) for m, (_, x) in of_methods(tasks, column, args.of).items()}
     values = np.concatenate([x.ravel() for (x,) in samples.values()])
     steps = np.linspace(values.min(), values.max(), 200)
@@ -460,13 +470,20 @@ def draw(path: str, cells: Cells, parts: list, base: dict[str, str], args: Args)
     )  # fmt: skip
     for axis in axes:
         axis.remove()
-    figure.legend(*figure.axes[-1].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    legend = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            legend.setdefault(label, handle)
+    labels = sorted(legend)
+    figure.legend([legend[x] for x in labels], labels, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=100)
 
 
 def main(args: Args) -> None:
     if args.out and not args.out.endswith(".png"):
         raise InputError(f"--out {args.out} is not a name of a PNG file")
+    if args.bootstrap_seed < 0:
+        raise InputError(f"--bootstrap-seed is {args.bootstrap_seed}; it must be at least 0")
     if args.resamples < 100:
         raise InputError(f"--resamples is {args.resamples}; it must be at least 100")
     cells, said = read(args)
@@ -516,7 +533,7 @@ def main(args: Args) -> None:
         measured = "mean_return" if args.of == "improvement" and column == SCORE else column
         print(f"\n**{title}, {measured}**\n")
         print_rows(rows)
-        if args.curves and column == args.column:
+        if args.curves and column == args.column and len(its_tasks) == 1:
             print_curves(samples_of(its_tasks, column, "curve"))
     if args.csv:
         names = "script", "task", "strategy", "seed"

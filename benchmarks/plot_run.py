@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
+from benchmarks import check_outputs  # noqa: E402
 from common import InputError, checkpoints, cli  # noqa: E402
 
 
@@ -26,8 +27,12 @@ class Args:
 
 
 def main(args: Args) -> None:
+    check_outputs(args.figure)
+    if not args.figure.endswith(".png"):
+        raise InputError(f"--figure {args.figure} is not a name of a PNG file")
     run = Path(args.run)
-    options = checkpoints.read_args(run)
+    record = checkpoints.read_record(run)
+    options = record["args"]
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     if "offline/episodic_return" not in events.Tags()["scalars"]:
@@ -50,7 +55,7 @@ def main(args: Args) -> None:
     right.set(
         xlabel="deployments fine-tuned on", title=f"{options.get('sampling', 'no')} fine-tuning"
     )
-    figure.suptitle(f"{options['env']}, seed {options['seed']}", fontsize=10)
+    figure.suptitle(f"{options['env']}, seed {record['seed']}", fontsize=10)
     figure.tight_layout()
     figure.savefig(args.figure, dpi=120)
 

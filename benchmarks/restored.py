@@ -49,7 +49,10 @@ def restore(folder: str, more: int = 0) -> Restored:
     record = checkpoints.read_record(folder)
     script = record["script"]
     module = importlib.import_module(script)
-    args = module.Args(**record["args"])
+    try:
+        args = module.Args(**record["args"])
+    except TypeError:
+        raise InputError(f"{folder} is a run of another version of {script}") from None
     if not args.deployments:
         raise InputError(f"{folder} has no deployment to match with")
     where = args.env, args.dataset, args.dataset_size, args.split

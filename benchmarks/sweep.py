@@ -125,9 +125,17 @@ def read_grid(path: Path) -> dict:
         if not grid.get(name):
             raise InputError(f"{path}: {name} is missing or empty")
     for table, names in TABLES.items():
-        for name in grid.get(table, {}):
+        for name, its in grid.get(table, {}).items():
             if name not in grid.get(names, []):
                 raise InputError(f"{path}: [{table}.{name}] is not among {names}")
+            if not isinstance(its, dict):
+                raise InputError(f"{path}: [{table}] {name} must be a table of flags, not {its!r}")
+            if table != "env" and "env" in its:
+                raise InputError(f"{path}: [{table}.{name}] env: tasks are those of envs")
+            if not isinstance(its.get(table, ""), str):
+                raise InputError(f"{path}: [{table}.{name}] {table} must be a name")
+    if "env" in grid.get("flags", {}):
+        raise InputError(f"{path}: [flags] env: tasks are those of envs")
         for name in grid.get(names, []):
             if not isinstance(name, str) or grid[names].count(name) > 1:
                 raise InputError(f"{path}: {name!r} in {names} is no name, or there twice")
@@ -151,11 +159,13 @@ def jobs_of(grid: dict) -> list[Job]:
     for script_name, env_name in itertools.product(grid["scripts"], grid["envs"]):
         of_script = {**grid.get("script", {}).get(script_name, {})}
         script = of_script.pop("script", script_name)
-        groups = arguments_of(script)
+        groups, its = arguments_of(script), grid.get("strategy", {})
         of_env = {"env": env_name, **grid.get("env", {}).get(env_name, {})}
         common = checked({**grid.get("flags", {}), **of_script, **of_env}, groups, script)
         strategies = {
-            name: checked(grid.get("strategy", {}).get(name, {"sampling": name}), groups, script)
+            name: checked(
+                ({"sampling": name} if name in SAMPLING else {}) | its.get(name, {}), groups, script
+            )
             for name in grid.get("strategies", [])
         }
         cell = re.sub(r"[^\w.-]", "-", f"{script_name}-{env_name}")
@@ -479,7 +489,7 @@ SBATCH = """#!/usr/bin/env bash
 #SBATCH --array={array}
 #SBATCH --cpus-per-task=1{gpus}
 #SBATCH --output={folder}/slurm-%A_%a.txt
-#SBATCH --signal=TERM@120
+#SBATCH --signal=B:TERM@120
 #SBATCH --requeue
 cd {cwd}
 exec {python} -m benchmarks.sweep job {grid} --out {out} --number "$SLURM_ARRAY_TASK_ID"
@@ -531,7 +541,7 @@ def report(jobs: list[Job], out: Path, path: str | None) -> None:
     for cell, ends in cells.items():
         pairs = zip(np.mean(ends, 0), np.std(ends, 0), strict=True)
         print(f"| {cell} | {len(ends)} |", *(f"{mean:.1f} +- {std:.1f} |" for mean, std in pairs))
-    if path:
+    if path and rows:
         write_csv(path, rows)
     count = sum(not place.is_done() for place in places)
     print(f"\n{count} of {len(jobs)} jobs are not done" if count else "\nall jobs are done")
@@ -539,6 +549,8 @@ def report(jobs: list[Job], out: Path, path: str | None) -> None:
 
 
 def main(args: Args) -> None:
+    if args.workers is not None and args.workers < 1:
+        raise InputError(f"--workers {args.workers}: expected at least 1")
     jobs, out = jobs_of(read_grid(args.grid)), args.out / args.grid.stem
     if args.what in ("plan", "run"):
         for job in jobs:

@@ -15,6 +15,7 @@ share of online transitions drawn in the last deployment and the share of the dr
 which the partner did what it does today.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -349,9 +350,25 @@ def draw_figure(rows: list[dict], path: str, least: float, most: float) -> None:
 def main(args: Args) -> None:
     chosen = args.strategies or STRATEGIES
     for name in chosen:
-        known = name.startswith("mixed") or name in STRATEGIES
-        if not known and name.partition("@")[0] not in DISTANCES:
-            raise InputError(f"unknown strategy {name!r}: {nearest(name, STRATEGIES)}")
+        distance, _, number = name.partition("@")
+        if name.startswith("mixed"):
+            distance, number = "mixed", name.removeprefix("mixed")
+        try:
+            most = {"mixed": 1}.get(distance, math.inf)
+            known = name in STRATEGIES or (
+                distance in (*DISTANCES, "mixed") and 0 <= float(number) <= most
+            )
+        except ValueError:
+            known = False
+        if not known:
+            raise InputError(
+                f"unknown strategy {name!r}: {nearest(name, STRATEGIES)} (of DISTANCE@ALPHA, "
+                "mixedSHARE)"
+            )
+    if args.references > args.deployment_steps:
+        raise InputError(
+            f"--references {args.references}: more than --deployment-steps {args.deployment_steps}"
+        )
     check_outputs(args.csv, args.figure)
     torch.set_num_threads(1)
     partner = partner_of(args.partner)

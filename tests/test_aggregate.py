@@ -285,6 +285,41 @@ def test_offline_methods_are_a_table_too(tmp_path, said):
     assert "baseline" not in printed
 
 
+def test_a_baseline_is_found_among_its_like(tmp_path, said):
+    """--by tells methods apart, and each is compared with uniform draws of its own kind."""
+    for size, sampling, seed in itertools.product((64, 128), ("uniform", "otc"), range(1, 6)):
+        level = size + 10.0 * (sampling == "otc") + seed
+        fake_run(tmp_path, seed, [level, level], sampling=sampling, batch_size=size)
+    said(tmp_path, "--by", "batch_size", "--table", tmp_path / "t.csv")
+    found = {row["method"]: row for row in rows_of(tmp_path / "t.csv") if "task" in row["where"]}
+    for size in (64, 128):
+        row = found[f"otc-value batch_size={size}"]
+        assert row["baseline"] == f"uniform batch_size={size}" and row["won"] == "5 of 5"
+
+
+def test_curves_are_of_one_task(study, said):
+    printed = said(study, "--column", "normalized_score", "--curves", "--resamples", "100")
+    assert printed.count("| method | pi^0") == 2  # of each task; none under the table of both
+
+
+def test_a_figures_legend_names_all_methods(tmp_path, said, monkeypatch):
+    """Also those that the first panel's task does not have."""
+    from matplotlib.figure import Figure
+
+    for env, sampling in (("hopper-medium", "uniform"), ("walker2d-medium", "balanced")):
+        for seed in range(1, 6):
+            fake_run(tmp_path, seed, [1.0, 2.0 + seed], env=env, sampling=sampling)
+    labels, legend = [], Figure.legend
+
+    def kept(figure, handles, names, **options):
+        labels.extend(names)
+        return legend(figure, handles, names, **options)
+
+    monkeypatch.setattr(Figure, "legend", kept)
+    said(tmp_path, "--out", tmp_path / "figure.png", "--resamples", "100")
+    assert [label.split(",")[0] for label in labels] == ["balanced", "uniform"]
+
+
 def test_tasks_without_scores_have_tables_of_returns(tmp_path, said):
     for seed in range(1, 6):
         run = fake_run(tmp_path, seed, [1.0, 2.0])
@@ -340,6 +375,8 @@ def test_what_cannot_be_read_is_refused(tmp_path, said):
     assert "did you mean mean_return" in said(tmp_path, "--column", "mean_retrun", refused=True)
     assert "did you mean otc-value" in said(tmp_path, "--baseline", "otc-valeu", refused=True)
     assert "did you mean distance" in said(tmp_path, "--by", "distanse", refused=True)
+    assert "no run in nowhere" in said(tmp_path, "nowhere", refused=True)
+    assert "at least 0" in said(tmp_path, "--bootstrap-seed", "-1", refused=True)
     assert "PNG" in said(tmp_path, "--out", tmp_path / "figure.pdf", refused=True)
     assert "at least 100" in said(tmp_path, "--resamples", "5", refused=True)
     assert "cannot be written" in said(tmp_path, "--csv", tmp_path / "no" / "c.csv", refused=True)

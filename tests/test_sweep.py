@@ -67,6 +67,26 @@ def test_more_of_something_leaves_the_others_as_they_are():
     assert not set(keys) & {job.key for job in other}  # a strategy's start counts as well
 
 
+def test_a_table_named_as_a_sampling_is_that_sampling():
+    tables = {"strategies": ["balanced"], "strategy": {"balanced": {"finetune-updates": 7}}}
+    job = sweep.jobs_of(GRID | tables)[-1]
+    assert job.flags["sampling"] == "balanced" and job.flags["finetune_updates"] == 7
+
+
+def test_a_report_of_nothing_overwrites_nothing(tmp_path, capsys):
+    (tmp_path / "grid.toml").write_text(
+        'scripts = ["otc_bcq"]\nenvs = ["hopper-medium"]\nseeds = 5'
+    )
+    (tmp_path / "kept.csv").write_text("kept")
+    args = sweep.Args("report", tmp_path / "grid.toml", tmp_path, csv=str(tmp_path / "kept.csv"))
+    sweep.main(args)
+    assert "1 of 1 jobs are not done" in capsys.readouterr().out
+    assert (tmp_path / "kept.csv").read_text() == "kept"
+    args.workers = 0
+    with pytest.raises(InputError, match="--workers 0: expected at least 1"):
+        sweep.main(args)
+
+
 def test_without_strategies_there_are_offline_jobs_alone():
     jobs = sweep.jobs_of(GRID | {"strategies": [], "strategy": {}})
     assert len(jobs) == 8 and not any(job.start for job in jobs)
@@ -89,6 +109,9 @@ def test_without_strategies_there_are_offline_jobs_alone():
         ("BASE\n[flags]\noffline-updates = 'many'", "pi0-1-5: .*many"),
         ("BASE\n[flags]\ndevice = 'gpu'", "pi0-1-5: .*gpu"),
         ("BASE\n[script.otc_bcq]\nscript = 'otc_bqc'", "no script 'otc_bqc': did you mean otc_bcq"),
+        ("BASE\n[script.otc_bcq]\nscript = 3", "script must be a name"),
+        ("BASE\n[script]\notc_bcq = 3", "otc_bcq must be a table of flags, not 3"),
+        ("BASE\n[flags]\nenv = 'walker2d-medium'", r"\[flags\] env: tasks are those of envs"),
     ],
 )
 def test_bad_grids(tmp_path, capsys, text, message):
@@ -121,6 +144,7 @@ def test_slurms_arrays(tmp_path, capsys):
     assert "--dependency=afterok:$offline" in said
     for text in (first, second):
         assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
+        assert "#SBATCH --signal=B:TERM@120\n" in text  # to the batch script itself
     with pytest.raises(InputError, match="--number 6: expected 0 to 5"):
         sweep.main(sweep.Args("job", path, out, number=6))
 

@@ -71,3 +71,8 @@ def test_every_strategy_trains(name):
 def test_unknown_strategies_are_refused():
     with pytest.raises(InputError, match="unknown strategy 'orcale@1': did you mean oracle@1"):
         team.main(team.Args(("orcale@1",)))
+    for name in ("oracle", "oracle@x", "oracle@-1", "mixedfoo", "mixed1.5", "mixed"):
+        with pytest.raises(InputError, match=f"unknown strategy '{name}'"):
+            team.main(team.Args((name,)))
+    with pytest.raises(InputError, match="--references 500: more than --deployment-steps 400"):
+        team.main(team.Args(deployment_steps=400))

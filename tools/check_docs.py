@@ -314,6 +314,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("pages", nargs="*", type=Path, help="default: all")
     args = parser.parse_args(argv)
     pages = [page.resolve() for page in args.pages] or [*PAGES, *MODULES]
+    for page in pages:
+        if not page.is_file():
+            parser.error(f"no page {page}")
     failures = []
     for page in pages:
         wrong, compared = differences(page) if page.suffix == ".md" else ([], 0)
