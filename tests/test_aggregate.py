@@ -370,7 +370,7 @@ def test_two_runs_of_one_seed_are_refused(tmp_path, said):
 
 
 def test_what_cannot_be_read_is_refused(tmp_path, said):
-    assert "no finished run" in said(tmp_path, refused=True)
+    assert "no run in" in said(tmp_path, refused=True)
     run = fake_run(tmp_path, 1, [1.0, 2.0])
     assert "did you mean mean_return" in said(tmp_path, "--column", "mean_retrun", refused=True)
     assert "did you mean otc-value" in said(tmp_path, "--baseline", "otc-valeu", refused=True)
