@@ -134,11 +134,11 @@ def read_grid(path: Path) -> dict:
                 raise InputError(f"{path}: [{table}.{name}] env: tasks are those of envs")
             if not isinstance(its.get(table, ""), str):
                 raise InputError(f"{path}: [{table}.{name}] {table} must be a name")
-    if "env" in grid.get("flags", {}):
-        raise InputError(f"{path}: [flags] env: tasks are those of envs")
         for name in grid.get(names, []):
             if not isinstance(name, str) or grid[names].count(name) > 1:
                 raise InputError(f"{path}: {name!r} in {names} is no name, or there twice")
+    if "env" in grid.get("flags", {}):
+        raise InputError(f"{path}: [flags] env: tasks are those of envs")
     for name in grid.get("strategies", []):
         if name not in (*SAMPLING, *grid.get("strategy", {})):
             hint = nearest(name, SAMPLING)
@@ -287,15 +287,18 @@ class Place:
         return "resumable" if self.run_folder() else "to start"
 
     def command(self, out: Path) -> list[str]:
-        """What starts it, or goes on with it."""
+        """What starts it, or goes on with it; raises InputError where its offline job is not
+        done."""
         command = [sys.executable, str(ROOT / f"{self.job.script}.py")]
         going_on = self.run_folder()
         if going_on is not None:
             return [*command, "--resume", str(going_on)]
         command += [*argv_of(self.job.flags), "--env-workers", "0", "--threads", "1"]
         if self.job.start is not None:
-            start = Place(self.job.start, out).run_folder()
-            command += ["--offline-checkpoint", str(start)]
+            start = Place(self.job.start, out)
+            if not start.is_done():
+                raise InputError(f"{self.job.name}: its offline job, {start.folder}, is not done")
+            command += ["--offline-checkpoint", str(start.run_folder())]
         return [*command, "--run-dir", str(self.folder)]
 
     def start(self, out: Path) -> subprocess.Popen | None:
@@ -354,10 +357,15 @@ class Local:
 
 
 def run_one(place: Place, out: Path) -> int:
-    """Run a job to its end; its exit status. SIGTERM and an interrupt are passed on."""
-    process = place.start(out)
-    if process is None:
-        return 0  # another has it
+    """Run a job to its end, once no other process has it; its exit status. SIGTERM and an interrupt
+    are passed on."""
+    while not place.is_done():
+        process = place.start(out)
+        if process is not None:
+            break
+        time.sleep(0.2)  # another has it
+    else:
+        return 0
     try:
         with contextlib.suppress(ValueError):  # Ray's threads have no signals
             signal.signal(signal.SIGTERM, lambda *_: process.terminate())
@@ -487,6 +495,7 @@ class Sweep:
 SBATCH = """#!/usr/bin/env bash
 #SBATCH --job-name={name}
 #SBATCH --array={array}
+#SBATCH --ntasks=1
 #SBATCH --cpus-per-task=1{gpus}
 #SBATCH --output={folder}/slurm-%A_%a.txt
 #SBATCH --signal=B:TERM@120
@@ -497,7 +506,10 @@ exec {python} -m benchmarks.sweep job {grid} --out {out} --number "$SLURM_ARRAY_
 
 
 def write_slurm(jobs: list[Job], args: Args, out: Path) -> None:
-    """Two job arrays: the offline jobs, and those that start from them."""
+    """Two job arrays: the offline jobs, and those that start from them, each of which is refused
+    where its own offline job failed."""
+    if args.gpus_per_job < 0 or args.gpus_per_job % 1:
+        raise InputError(f"--gpus-per-job {args.gpus_per_job:g}: SLURM gives whole GPUs")
     out.mkdir(parents=True, exist_ok=True)
     paths = {"grid": args.grid.resolve(), "out": args.out.resolve(), "folder": out.resolve()}
     quoted = {name: shlex.quote(str(path)) for name, path in paths.items()}
@@ -513,7 +525,7 @@ def write_slurm(jobs: list[Job], args: Args, out: Path) -> None:
         )  # fmt: skip
         path = out / f"{name}.sbatch"
         path.write_text(text)
-        wait = "" if is_first else "--dependency=afterok:$offline "
+        wait = "" if is_first else "--dependency=afterany:$offline "
         submit = f"sbatch --parsable {wait}{shlex.quote(str(path))}"
         commands.append(f"offline=$({submit})" if is_first else submit)
     print("\n".join(commands))
@@ -571,8 +583,9 @@ def main(args: Args) -> None:
         if args.number is None or not 0 <= args.number < len(jobs):
             raise InputError(f"--number {args.number}: expected 0 to {len(jobs) - 1}")
         place = Place(jobs[args.number], out)
-        if not place.is_done():
-            sys.exit(0 if place.ended(run_one(place, out)) == "done" else 1)
+        text = place.ended(run_one(place, out))
+        print(f"{place.folder}: {text}")
+        sys.exit(0 if text == "done" else 1)
     elif args.executor == "slurm":
         write_slurm(jobs, args, out)
     else:

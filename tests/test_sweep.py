@@ -111,6 +111,7 @@ def test_without_strategies_there_are_offline_jobs_alone():
         ("BASE\n[script.otc_bcq]\nscript = 'otc_bqc'", "no script 'otc_bqc': did you mean otc_bcq"),
         ("BASE\n[script.otc_bcq]\nscript = 3", "script must be a name"),
         ("BASE\n[script]\notc_bcq = 3", "otc_bcq must be a table of flags, not 3"),
+        ("BASE\nstrategies = ['uniform', 'uniform']", "'uniform' in strategies is .* there twice"),
         ("BASE\n[flags]\nenv = 'walker2d-medium'", r"\[flags\] env: tasks are those of envs"),
     ],
 )
@@ -137,16 +138,66 @@ def test_slurms_arrays(tmp_path, capsys):
         (out / "my grid" / f"{n}.sbatch").read_text() for n in ("offline", "strategies")
     )
     assert "--array=0,3\n" in first and "--array=1,2,4,5\n" in second
+    assert "#SBATCH --ntasks=1\n" in first  # or sbatch refuses --gpus-per-task
     assert "#SBATCH --gpus-per-task=1\n" in first and f"--out {out.resolve()}" in first
     assert f"job '{path}' --out" in first and '--number "$SLURM_ARRAY_TASK_ID"' in second
     said = capsys.readouterr().out
     assert re.search(r"offline=\$\(sbatch --parsable '.*offline.sbatch'\)", said)
-    assert "--dependency=afterok:$offline" in said
+    assert "--dependency=afterany:$offline" in said
     for text in (first, second):
         assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
         assert "#SBATCH --signal=B:TERM@120\n" in text  # to the batch script itself
     with pytest.raises(InputError, match="--number 6: expected 0 to 5"):
         sweep.main(sweep.Args("job", path, out, number=6))
+    with pytest.raises(InputError, match="--gpus-per-job 0.25: SLURM gives whole GPUs"):
+        sweep.main(sweep.Args("run", path, out, executor="slurm", gpus_per_job=0.25))
+
+
+# --- One job, as SLURM runs it ---
+
+
+@pytest.fixture
+def job(tmp_path, capsys):
+    """Runs a job of a grid of two; its exit status and what is printed."""
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        'scripts = ["otc_bcq"]\nenvs = ["hopper-medium"]\nstrategies = ["uniform"]\nseeds = 1'
+    )
+
+    def of(number):
+        with pytest.raises(SystemExit) as exit:
+            sweep.main(sweep.Args("job", path, tmp_path / "out", number=number))
+        return exit.value.code, capsys.readouterr().out
+
+    of.places = [
+        sweep.Place(job, tmp_path / "out" / "grid") for job in sweep.jobs_of(sweep.read_grid(path))
+    ]
+    return of
+
+
+def test_a_job_whose_offline_job_is_not_done_is_refused(job):
+    with pytest.raises(InputError, match="uniform-1: its offline job, .*pi0-1-.*, is not done"):
+        job(1)
+    assert job.places[1].state() == "to start"
+
+
+def test_a_job_that_another_process_has_is_waited_for(job, monkeypatch):
+    (place, _), waits = job.places, []
+    lock = place.lock()
+    monkeypatch.setattr(sweep.time, "sleep", waits.append)
+    monkeypatch.setattr(sweep.Place, "is_done", lambda its: len(waits) > 2)
+    status, said = job(0)
+    assert status == 0 and said.strip().endswith("done") and len(waits) == 3
+    assert not (place.folder / "exit").exists() and not (place.folder / "log.txt").exists()
+    lock.close()
+
+
+def test_a_job_says_how_it_failed(job, monkeypatch):
+    fails = [sys.executable, "-c", "print('these words'); exit(3)"]
+    monkeypatch.setattr(sweep.Place, "command", lambda its, out: fails)
+    status, said = job(0)
+    assert status == 1 and "failed, exit status 3: these words" in said
+    assert job.places[0].state() == "failed"
 
 
 # --- Whole sweeps ---
@@ -224,8 +275,9 @@ no_ray = pytest.mark.skipif(find_spec("ray") is None, reason="needs requirements
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
 def test_an_interrupted_sweep_ends_as_if_it_had_not_been(whole, grid, tmp_path, number, executor):
     process = driver(grid, tmp_path, executor=executor)
-    deadline = time.time() + 60
-    while not list(tmp_path.glob("grid/*pi0*/*/checkpoint.pt")) and time.time() < deadline:
+    deadline = time.time() + 300
+    while not list(tmp_path.glob("grid/*pi0*/*/checkpoint.pt")):
+        assert time.time() < deadline
         time.sleep(0.05)
     process.send_signal(number)
     said = process.communicate()[0]
