@@ -277,7 +277,10 @@ def described(args_type: type) -> dict[str, tuple[str, str]]:
 
 def with_those_of(args, folder: str):
     """The arguments, of which those of data, training and algorithm are an earlier run's."""
-    its, taken = checkpoints.read_args(folder), {}
+    record, taken = checkpoints.read_record(folder), {}
+    if record.get("script") not in (None, Path(inspect.getfile(type(args))).stem):
+        return args  # which is refused where its checkpoint is read
+    its = record["args"]
     for name, (group, _) in described(type(args)).items():
         is_policys = group not in ("deployment", "otc", "run") and name not in OF_TUNING
         if name in its and (is_policys or name in args.SAME_POLICY):

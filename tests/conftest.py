@@ -28,6 +28,12 @@ def device(request):
     return request.param
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory):
+    """Built-in data is made anew, by the makers as they are, and stays out of the user's folder."""
+    os.environ["OTC_CACHE_DIR"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
 def data(tmp_path):
     write_discrete_data(tmp_path / "steps.hdf5")

@@ -318,6 +318,14 @@ def run(monkeypatch, script, *argv):
             signal.signal(number, handler)
 
 
+def is_running(pid):
+    """Whether there is such a process, and it has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def only(folder, pattern="*"):
     (found,) = Path(folder).glob(pattern)
     return found

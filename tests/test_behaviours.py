@@ -1,5 +1,6 @@
 """The built-in datasets: layout, episodes, any number of processes, nothing left half-made."""
 
+import csv
 import os
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from common import InputError
 from common.datasets import makers
 from common.datasets.makers import mujoco, particle
 from common.envs.mujoco import make_single
+from tests.helpers import is_running
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"hopper": (11, 3), "halfcheetah": (17, 6)}
@@ -92,6 +94,27 @@ def test_layout_and_episodes(policies, tmp_path):
     returns = report.whole_episode_returns(make_path, 1000)
     assert len(returns) == terminals.sum()
     np.testing.assert_allclose(returns[0], data["rewards"][: np.argmax(ends) + 1].sum(), rtol=1e-5)
+
+
+def test_a_report_writes_what_it_is_asked_to(policies, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OTC_CACHE_DIR", str(tmp_path / "cache"))
+    sizes = dict.fromkeys(("random", "medium-replay", "medium"), 3000)
+    monkeypatch.setattr(report, "BUILT_IN_SIZES", {"hopper": sizes})
+    path = makers.built_in_path("hopper", "random", 3000)
+    makers.make("hopper", "random", 3000, path, num_workers=1)
+    before = {each: each.read_bytes() for each in ROOT.glob("docs/results/datasets/*.csv")}
+    report.main(report.Args())
+    assert "| hopper-random | built-in |" in capsys.readouterr().out
+    assert before == {each: each.read_bytes() for each in before}
+    args = report.Args(str(tmp_path / "one.csv"), figure=str(tmp_path / "one.png"))
+    report.main(args)
+    with open(args.csv) as file:
+        ours, theirs = csv.DictReader(file)
+    returns = report.whole_episode_returns(path, 1000)
+    assert ours["source"] == "built-in" and int(ours["episodes"]) == len(returns)
+    assert float(ours["max"]) == pytest.approx(returns.max(), abs=0.05)
+    assert theirs["source"] == "D4RL v2" and theirs["mean"] == "18.4"
+    assert Path(args.figure).stat().st_size > 0 and not list(tmp_path.glob("team*"))
 
 
 def test_time_limit_and_cut(policies, tmp_path):
@@ -248,13 +271,6 @@ def wait_until(condition, seconds: float = 30) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.05)
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[-1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads /proc")

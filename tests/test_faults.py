@@ -25,7 +25,7 @@ from common import InputError, checkpoints, datasets, loop, runs
 from common.datasets import readers
 from common.envs import make_vec, workers
 from common.envs.parallel import ParallelTeam
-from tests.helpers import assert_same, only, run, scalars, state_of, tiny
+from tests.helpers import assert_same, is_running, only, run, scalars, state_of, tiny
 from tests.tiny_task import ENV, Point
 
 ROOT = Path(__file__).parent.parent
@@ -117,10 +117,7 @@ def test_what_diverged_is_in_no_checkpoint(tmp_path, monkeypatch, capsys, argv):
     argv += ["--log-every", 400, "--checkpoint-every", 20]
     said = refused(capsys, run, monkeypatch, "otc_td3bc", *argv)
     assert "is not finite after" in said
-    path = only(tmp_path / "runs") / "checkpoint.pt"
-    if path.exists():  # of before
-        agent = torch.load(path, weights_only=True)["agent"]
-        assert all(x.isfinite().all() for x in agent.values() if isinstance(x, torch.Tensor))
+    assert not (only(tmp_path / "runs") / "checkpoint.pt").exists()
 
 
 def test_numbers_beyond_float32s_squares_are_refused_by_row(tmp_path, data):
@@ -759,7 +756,7 @@ def test_a_worker_whose_parent_is_killed_ends():
     parent.kill()
     parent.wait()
     for _ in range(100):
-        if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text():
+        if not is_running(pid):
             return
         time.sleep(0.1)
     os.kill(pid, signal.SIGKILL)

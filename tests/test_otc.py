@@ -249,6 +249,73 @@ def test_self_matches_have_distance_zero_unless_excluded():
         assert (distance > 1e-4).all() if exclude else (distance < 1e-4).all()
 
 
+@pytest.mark.parametrize("distance", ["embedding", "value", "two-stage", "raw", "residual"])
+def test_a_self_match_is_excluded_whatever_the_distance(distance):
+    """What is its own match changes where it may not be one, and nothing else does."""
+    torch.manual_seed(0)
+    replay = Replay(random_team(), 1, 1, 40)
+    replay.terminations.zero_()  # ends are drawn by chance
+    add_deployment(replay)
+    agent = BCQ(2, OBS_DIM, ACTION_DIM, Args(num_value_actions=1))
+    agent.value = lambda obs: obs.sum(2) + 20.0
+    latest, offline = replay.draw_latest(40), replay.draw_offline(40)
+    found = []
+    for exclude in (False, True):
+        args = Args(distance=distance, exclude_self_matches=exclude, value_mean="references")
+        torch.manual_seed(1)
+        transitions = strategy_of(replay, args)
+        transitions.start_deployment(agent, 1)
+        both = torch.cat([latest, offline], dim=1)
+        found.append(transitions.transition_distance(agent, both, latest))
+    own, other = (torch.stack(found)[..., part] for part in (slice(40), slice(40, 80)))
+    assert (own[0] < 1e-4).all() or distance == "value"  # whose V are over two means
+    assert ((own[1] - own[0]).abs() > 1e-4).float().mean() > 0.95
+    torch.testing.assert_close(other[0], other[1])
+
+
+@pytest.mark.parametrize(("alpha", "replacement"), [(0.0, True), (1.0, True), (2.0, False)])
+def test_a_draw_follows_the_ranks_of_distances_to_the_latest_data(monkeypatch, alpha, replacement):
+    """Equation (3), of candidates whose distances are known; references are D^2's, each once."""
+    torch.manual_seed(0)
+    sizes = {"candidates": 40, "references": 30, "batch_size": 20}
+    replay = Replay(random_team(), 1, 2, 40)
+    for k in (1, 2):
+        add_deployment(replay, seed=k)
+    transitions = strategy_of(replay, Args(alpha=alpha, replacement=replacement, **sizes))
+    monkeypatch.setattr(replay, "draw_merged", lambda n: torch.arange(n).flip(0).expand(2, n))
+    references = []
+
+    def distance(agent, candidates, latest):
+        references.append(latest)
+        return candidates.float()
+
+    monkeypatch.setattr(transitions, "transition_distance", distance)
+    drawn = torch.stack([transitions.draw(None) for _ in range(400)])  # (400, G, 20): ranks less 1
+    references = torch.stack(references)
+    assert references.shape == (400, 2, 30)
+    assert references.min() == 640 and references.max() == 679
+    assert all(len(set(its)) == 30 for its in references[:, 0].tolist())
+    for g in range(2):
+        if replacement:
+            assert_frequencies(drawn[:, g], np.arange(1, 41) ** -alpha)
+        else:
+            assert all(len(set(its)) == 20 for its in drawn[:, g].tolist())
+            assert (drawn[:, g] == 0).any(1).float().mean() > 0.95
+
+
+def test_alpha_has_its_ceiling(monkeypatch):
+    replay = Replay(random_team(), 1, 2, 40)
+    agent = BCQ(2, OBS_DIM, ACTION_DIM, Args())
+    monkeypatch.setattr(sampler, "adapt_alpha", lambda alpha, *_: 3 * alpha)
+    for most, expected in ((None, 1.5), (1.25, 1.25)):
+        transitions = strategy_of(replay, Args(alpha=0.5, alpha_max=most, distance_candidates=200))
+        for k in (1, 2):
+            add_deployment(replay, seed=k)
+            transitions.start_deployment(agent, k)
+            assert (transitions.alpha == (expected if k == 2 else 0.5)).all()
+        replay.num_online.zero_()
+
+
 def test_alpha_telescopes_over_deployments():
     """Equation (4): after K deployments alpha is the last mean distance over the first."""
     torch.manual_seed(0)
@@ -297,7 +364,7 @@ def test_strategies_draw_what_they_say(sampling):
         assert draws[0].item() == pytest.approx(0.5, abs=0.15)
         assert 80 / 680 < share < 0.4
     else:  # self-matches come first
-        assert share > 80 / 680
+        assert share > 1.2 * 80 / 680
 
 
 def test_balanced_replay_prefers_what_looks_online():

@@ -24,7 +24,7 @@ from tests.helpers import (
     update_number,
 )
 
-CONTINUOUS = [script for script in [*WITH_OTC, "omar", "icq"] if script != "otc_cql_discrete"]
+CONTINUOUS = [script for script in WITH_OTC if script != "otc_cql_discrete"]
 
 
 def uneven_team(n=600):
