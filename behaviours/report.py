@@ -1,24 +1,26 @@
 """The returns of the built-in datasets, MuJoCo's beside D4RL v2's.
 
-    python -m behaviours.report
+    python -m behaviours.report --csv FILE.csv --teams TEAMS.csv --figure FILE.png
 
-Reads the full-size files that are in the cache folder, prints a Markdown table of their whole
-episodes, and writes it with more digits to docs/results/datasets/datasets.csv and the return
-distributions to docs/figures/dataset_returns.png (with matplotlib, see requirements-dev.txt). Those
-of the tasks whose agents each see their own state go to team_datasets.csv beside it, with scores.
+Reads the full-size files that are in the cache folder and prints Markdown tables of their whole
+episodes. Those of docs/results/datasets hold all data sets: make them first.
 """
 
-import csv
+from dataclasses import dataclass
 from pathlib import Path
 
 import h5py
 import numpy as np
+import tyro
 
+from benchmarks import check_outputs, write_csv
+from common import cli
 from common.datasets.makers import built_in_path, maker_of, mpe
 from common.datasets.names import BUILT_IN_SIZES
 from common.envs import make_vec, normalized_score
 from common.envs.mujoco import make_single
 
+NAMES = "mean", "std", "min", "max"
 D4RL = {
     "halfcheetah-random": (1000, -288.8, 80.4, -526.0, -85.4),
     "halfcheetah-medium": (1000, 4770.3, 355.8, -310.2, 5309.4),
@@ -31,6 +33,16 @@ D4RL = {
     "walker2d-medium-replay": (1093, 682.7, 896.0, -50.2, 4132.0),
 }
 """Episodes, and the mean, standard deviation, minimum and maximum of their returns, in D4RL v2."""
+
+
+@dataclass
+class Args:
+    csv: str | None = None
+    """file for the returns of MuJoCo's tasks, beside D4RL's"""
+    teams: str | None = None
+    """file for those of the tasks whose agents each see their own state, with scores"""
+    figure: str | None = None
+    """PNG file for the distributions of the first (needs matplotlib, requirements-dev.txt)"""
 
 
 def whole_episode_returns(path: Path, time_limit: int) -> np.ndarray:
@@ -49,7 +61,7 @@ def statistics(returns: np.ndarray) -> tuple[int, float, float, float, float]:
     return len(returns), returns.mean(), returns.std(), returns.min(), returns.max()
 
 
-def draw(returns: dict[str, np.ndarray], path: Path) -> None:
+def draw(returns: dict[str, np.ndarray], path: str) -> None:
     """A row of histograms per task, D4RL's mean as a line."""
     import matplotlib
 
@@ -74,29 +86,31 @@ def draw(returns: dict[str, np.ndarray], path: Path) -> None:
         axis.set_xlabel("return", fontsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", fontsize=8)
     figure.tight_layout(rect=(0, 0.03, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
-def teams(docs: Path) -> None:
-    """The table of team_datasets.csv, of the full-size files that are there."""
-    rows = [["dataset", "episodes", "mean", "std", "min", "max", "score"]]
+def teams() -> list[dict]:
+    """The rows of the tasks whose agents each see their own state."""
+    rows = []
     for task, sizes in BUILT_IN_SIZES.items():
         for quality, size in sizes.items() if maker_of(task) is mpe else ():
             if (path := built_in_path(task, quality, size)).exists():
                 time_limit = make_vec(task, 1, 0).max_episode_steps
-                numbers = statistics(whole_episode_returns(path, time_limit))
-                cells = [*numbers[1:], normalized_score(task, numbers[1]).item()]
-                rows.append([f"{task}-{quality}", numbers[0], *(f"{x:.1f}" for x in cells)])
-                print("| " + " | ".join(map(str, rows[-1])) + " |")
-    if len(rows) > 1:
-        with open(docs / "results/datasets/team_datasets.csv", "w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+                count, *numbers = statistics(whole_episode_returns(path, time_limit))
+                numbers.append(normalized_score(task, numbers[0]).item())
+                row = {"dataset": f"{task}-{quality}", "episodes": count}
+                row |= {k: f"{x:.1f}" for k, x in zip((*NAMES, "score"), numbers, strict=True)}
+                rows.append(row)
+    return rows
 
 
-def main() -> None:
-    docs = Path(__file__).parents[1] / "docs"
-    teams(docs)
+def main(args: Args) -> None:
+    check_outputs(args.csv, args.teams, args.figure)
+    of_teams = teams()
+    for row in of_teams:
+        print("| " + " | ".join(map(str, row.values())) + " |")
+    if args.teams and of_teams:
+        write_csv(args.teams, of_teams)
     returns = {}
     for task, sizes in BUILT_IN_SIZES.items():
         for quality, size in sizes.items():
@@ -111,20 +125,20 @@ def main() -> None:
     if not returns:
         return
 
-    table = docs / "results/datasets/datasets.csv"
-    table.parent.mkdir(parents=True, exist_ok=True)
-    with open(table, "w", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n")
-        rows.writerow(["dataset", "source", "episodes", "mean", "std", "min", "max"])
-        print("| dataset | source | episodes | mean | std | min | max |")
-        print("|---|---|---:|---:|---:|---:|---:|")
-        for name, episodes in returns.items():
-            for source, numbers in [("built-in", statistics(episodes)), ("D4RL v2", D4RL[name])]:
-                rows.writerow([name, source, numbers[0], *(f"{x:.1f}" for x in numbers[1:])])
-                cells = " | ".join(f"{x:,.0f}" for x in numbers)
-                print(f"| {name} | {source} | {cells} |")
-    draw(returns, docs / "figures" / "dataset_returns.png")
+    rows = []
+    print("| dataset | source | episodes | mean | std | min | max |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for name, episodes in returns.items():
+        for source, numbers in [("built-in", statistics(episodes)), ("D4RL v2", D4RL[name])]:
+            row = {"dataset": name, "source": source, "episodes": numbers[0]}
+            rows.append(row | {k: f"{x:.1f}" for k, x in zip(NAMES, numbers[1:], strict=True)})
+            cells = " | ".join(f"{x:,.0f}" for x in numbers)
+            print(f"| {name} | {source} | {cells} |")
+    if args.csv:
+        write_csv(args.csv, rows)
+    if args.figure:
+        draw(returns, args.figure)
 
 
 if __name__ == "__main__":
-    main()
+    cli.cli(main, Args, tyro.cli)

@@ -132,9 +132,11 @@ SCORE = "normalized_score"
 # Say where and how a run is made, not what it is
 NO_SETTING = {
     *("seed", "run_dir", "resume", "offline_checkpoint", "device", "threads", "env_workers"),
-    *("cuda_graph", "checkpoint_every", "log_every", "eval_every", "track"),
-    *("wandb_project_name", "wandb_entity"),
+    *("cuda_graph", "checkpoint_every", "save_policies", "log_every", "eval_every"),
+    *("track", "wandb_project_name", "wandb_entity"),
 }
+# Of scripts that deploy nothing, which have no such arguments
+UNDEPLOYED = {"deployments": 0, "deployment_steps": None}
 # In what all runs on a task agree, whatever their method
 SAME_TASK = ("dataset", "dataset_size", "deployment_steps", "num_seeds")
 
@@ -205,9 +207,9 @@ def read(args: Args) -> tuple[Cells, list[str]]:
     found, unfinished, by = [], [], [name.replace("-", "_") for name in args.by]
     for folder in sorted(folders):
         record, path = checkpoints.read_record(folder), folder / "returns.csv"
-        its, script = record["args"], record["script"]
+        its, script = UNDEPLOYED | record["args"], record["script"]
         rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-        if len(rows) <= its.get("deployments", 0):
+        if len(rows) <= its["deployments"]:
             unfinished.append(folder)
             continue
         task = its["env"] + (f" ({its['split']})" if its.get("split") else "")
@@ -221,7 +223,7 @@ def read(args: Args) -> tuple[Cells, list[str]]:
     if not found:
         raise InputError(f"no finished run in {' '.join(args.runs) or 'no folder'}")
     said = [f"left out: {len(unfinished)} unfinished, {unfinished[0]}"] if unfinished else []
-    deployed = [run for run in found if run.args.get("deployments")]
+    deployed = [run for run in found if run.args["deployments"]]
     if 0 < len(deployed) < len(found):
         said.append(f"left out: {len(found) - len(deployed)} without deployments")
         found = deployed

@@ -309,8 +309,8 @@ def look(folder: str, args: Args) -> list[dict]:
         for draw, table in measure(moment, args).items():
             for g in range(moment.replay.num_groups):
                 seed, agent = divmod(g, moment.replay.num_agents)
-                names = {"script": moment.run.script, "env": moment.args.env, "k": k}
-                names |= {"strategy": strategies.strategy_name(its), "draw": draw}
+                names = {"run": folder, "script": moment.run.script, "env": moment.args.env}
+                names |= {"k": k, "strategy": strategies.strategy_name(its), "draw": draw}
                 names |= {"seed": moment.args.seed + seed, "agent": agent}
                 rows.append(names | {key: float(table[key][g]) for key in MEASURES})
     return rows
@@ -325,11 +325,8 @@ def draw_figure(rows: list[dict], path: str) -> None:
     import matplotlib.pyplot as plt
 
     draws, at = (list(dict.fromkeys(row[key] for row in rows)) for key in ("draw", "k"))
-    base = {
-        tuple(row[k] for k in ("env", "strategy", "k", "seed", "agent")): row
-        for row in rows
-        if row["draw"] == "uniform"
-    }
+    names = "run", "k", "seed", "agent"
+    base = {tuple(row[n] for n in names): row for row in rows if row["draw"] == "uniform"}
     titles = {"dev": "dev / uniform draw's", "disc": "disc / uniform draw's", "auc": "AUC"}
     titles = {k: v for k, v in titles.items() if np.isfinite([row[k] for row in rows]).any()}
     size = 2.5 + 3 * len(titles), 0.42 * len(draws) + 1.4
@@ -341,7 +338,6 @@ def draw_figure(rows: list[dict], path: str) -> None:
                 its = [row for row in rows if row["draw"] == draw and row["k"] == k]
                 values = np.array([row[key] for row in its])
                 if key != "auc":
-                    names = ("env", "strategy", "k", "seed", "agent")
                     values = values / [base[tuple(row[n] for n in names)][key] for row in its]
                 y = i + 0.25 * (j - (len(at) - 1) / 2)
                 axis.plot(values, np.full(len(values), y), ".", color=f"C{j}", alpha=0.25, ms=3)
@@ -375,11 +371,13 @@ def main(args: Args) -> None:
         rows += look(folder, args)
         if args.csv:  # as soon as it is known
             write_csv(args.csv, rows)
-    print("| data | k | draw | " + " | ".join(MEASURES) + " |\n|" + "---|" * (len(MEASURES) + 3))
-    for env, k, draw in dict.fromkeys((row["env"], row["k"], row["draw"]) for row in rows):
-        its = [row for row in rows if (row["env"], row["k"], row["draw"]) == (env, k, draw)]
-        means = [np.mean([row[key] for row in its]) for key in MEASURES]
-        print(f"| {env} | {k} | {draw} | " + " | ".join(f"{mean:.3g}" for mean in means) + " |")
+    names = "script", "env", "strategy", "k", "draw"
+    print("|", *(f"{name} |" for name in (*names, *MEASURES)))
+    print("|" + "---|" * (len(names) + len(MEASURES)))
+    for cell in dict.fromkeys(tuple(row[name] for name in names) for row in rows):
+        its = [row for row in rows if tuple(row[name] for name in names) == cell]
+        means = [f"{np.mean([row[key] for row in its]):.3g}" for key in MEASURES]
+        print("|", *(f"{each} |" for each in (*cell, *means)))
     if args.figure:
         draw_figure(rows, args.figure)
 

@@ -3,12 +3,12 @@
     for env in {halfcheetah,walker2d,hopper}-{random,medium-replay,medium}; do
         python otc_bcq.py --env $env --deployments 0 --sampling uniform --run-dir runs/offline
     done
-    python -m benchmarks.offline_table runs/offline --csv docs/results/otc_bcq/offline.csv
+    python -m benchmarks.offline_table runs/offline --csv FILE.csv
 
 and for the sweeps of benchmarks/grids/single_agent.toml and omar.toml: their folders.
 
-The behaviour's return is the mean of the data's whole episodes, from the tables in
-docs/results/datasets; a maze's data has no episodes.
+The behaviour's return is the mean of the data's whole episodes, of built-in data from the tables in
+docs/results/datasets (a maze's has no episodes), of other data as the run has it.
 """
 
 import csv
@@ -21,8 +21,10 @@ import tyro
 from benchmarks import write_csv
 from common import InputError, checkpoints, cli
 from common.datasets import parse_env
+from common.datasets.names import is_omar
 from common.envs import normalized_score
 
+BUILT_IN = "built-in"
 COEFFICIENT_0 = " --omar-coefficient 0"
 CENTRALISED = " --critic centralised"
 FINETUNE = " --finetune"
@@ -42,28 +44,30 @@ def main(args: Args) -> None:
         row["dataset"]: row
         for table in ("datasets.csv", "team_datasets.csv")
         for row in csv.DictReader((results / table).open())
-        if row.get("source", "built-in") == "built-in"
+        if row.get("source", BUILT_IN) == BUILT_IN
     }
     rows, seen = [], {}
-    keys = ("script", "env", "split", "offline_updates")
+    keys = ("script", "env", "dataset", "split", "offline_updates")
     for folder in args.folders:
         for path in sorted(Path(folder).rglob("returns.csv")):
             run = checkpoints.read_record(path.parent)
             if run["args"].get("offline_checkpoint"):  # the policy of another run
                 continue
             first = next(csv.DictReader(path.open()))
-            env = run["args"]["env"]
+            env, dataset = run["args"]["env"], run["args"].get("dataset", BUILT_IN)
             script = run["script"]
             script += COEFFICIENT_0 * (run["args"].get("omar_coefficient") == 0)
             script += CENTRALISED * (run["args"].get("critic") == "centralised")
             script += FINETUNE * bool(run["args"].get("finetune"))
-            data = behaviour.get(env, {"mean": np.nan})
-            its_return = float(data["mean"])
-            score = data.get("score", normalized_score(parse_env(env)[0], its_return))
+            data = {"mean": run.get("data_return") or np.nan}
+            data = behaviour.get(env, {"mean": np.nan}) if dataset == BUILT_IN else data
+            its_return, task = float(data["mean"]), parse_env(env)[0]
+            score = data.get("score", normalized_score(task, its_return, is_omar(dataset)))
             rows.append(
                 {
                     "script": script,
                     "env": env,
+                    "dataset": dataset,
                     "split": run["args"]["split"] or "",
                     "seed": run["seed"],
                     "offline_updates": run["args"]["offline_updates"],
@@ -78,8 +82,8 @@ def main(args: Args) -> None:
             key = tuple(rows[-1][name] for name in (*keys, "seed"))
             if key in seen:
                 raise InputError(
-                    f"{seen[key]} and {path.parent} have the same script, env, split, updates "
-                    "and seed"
+                    f"{seen[key]} and {path.parent} have the same script, env, data, split, "
+                    "updates and seed"
                 )
             seen[key] = path.parent
     if not rows:
@@ -95,7 +99,8 @@ def main(args: Args) -> None:
         returns = np.array([row["mean_return"] for row in of])
         scores = np.array([row["normalized_score"] for row in of])
         spread = f"{scores.mean():.1f}" + (f" +- {scores.std():.1f}" if len(of) > 1 else "")
-        script, env, split, updates = key
+        script, env, dataset, split, updates = key
+        env += "" if dataset == BUILT_IN else f" ({dataset})"
         print(
             f"| {script} | {env} | {split} | {updates:,} | {len(of)} "
             f"| {of[0]['behaviour_return']:.0f} | {of[0]['behaviour_score']:.1f} "

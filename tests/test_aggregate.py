@@ -285,6 +285,23 @@ def test_offline_methods_are_a_table_too(tmp_path, said):
     assert "baseline" not in printed
 
 
+def test_scripts_that_deploy_nothing_are_compared_with_others_offline_policies(tmp_path, said):
+    for seed in range(1, 6):
+        fake_run(tmp_path, seed, [1.0 + seed], deployment_steps=None)
+        run = fake_run(tmp_path, seed, [2.0 + seed], "bc")
+        record = json.loads((run / "args.json").read_text())
+        del record["args"]["deployments"]
+        (run / "args.json").write_text(json.dumps(record))
+    printed = said(tmp_path)
+    assert "| bc pi0 | 5 |" in printed and "| otc_bcq pi0 | 5 |" in printed
+
+
+def test_seeds_that_keep_their_policies_are_compared_with_others(tmp_path, said):
+    for seed in range(1, 6):
+        fake_run(tmp_path, seed, [1.0, 2.0], save_policies=seed == 1)
+    assert "| otc-value | 5 |" in said(tmp_path)
+
+
 def test_a_baseline_is_found_among_its_like(tmp_path, said):
     """--by tells methods apart, and each is compared with uniform draws of its own kind."""
     for size, sampling, seed in itertools.product((64, 128), ("uniform", "otc"), range(1, 6)):

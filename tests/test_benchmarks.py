@@ -85,13 +85,14 @@ def test_two_checkouts_are_timed_in_turn(monkeypatch, tmp_path, capsys):
     assert "| otc_bcq | 5 | uniform | 2.0 | 1.0 | 0.50 | 0.50 to 0.50 |" in capsys.readouterr().out
 
 
-def fake_run(folder, script, seed, returns, **args):
+def fake_run(folder, script, seed, returns, record=None, **args):
     """A run folder with the returns of pi^0, pi^1, ..."""
     run = folder / f"halfcheetah-medium__{script}__{seed}__{len(list(folder.iterdir()))}"
     run.mkdir()
     usual = {"env": "halfcheetah-medium", "split": None, "offline_updates": 100, "seed": seed}
     args = usual | args
-    (run / "args.json").write_text(json.dumps({"script": script, "seed": seed, "args": args}))
+    content = {"script": script, "seed": seed, "args": args} | (record or {})
+    (run / "args.json").write_text(json.dumps(content))
     with open(run / "returns.csv", "w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(
@@ -150,6 +151,19 @@ def test_the_offline_table_pools_one_learner_and_every_seed_once(tmp_path, refus
     second = fake_run(tmp_path, "omar", 1, [3.0], critic="independent")
     said = refusal(offline_table, *argv)
     assert str(first) in said and str(second) in said
+
+
+def test_the_behaviours_return_is_that_of_the_runs_own_data(tmp_path, capsys):
+    for dataset, data_return in (("built-in", 1.0), ("d4rl", 4770.3), ("old.hdf5", None)):
+        record = {"data_return": data_return}
+        fake_run(tmp_path, "bc", 1, [1.0], record, dataset=dataset, env="halfcheetah-medium")
+    offline_table.main(offline_table.Args((str(tmp_path),)))
+    lines = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert {line[1]: line[5] for line in lines} == {
+        "halfcheetah-medium": "4411",
+        "halfcheetah-medium (d4rl)": "4770",
+        "halfcheetah-medium (old.hdf5)": "nan",
+    }
 
 
 def test_the_behaviours_score_is_that_of_its_own_table(tmp_path, capsys):

@@ -185,7 +185,9 @@ def test_a_run_is_measured(tmp_path, monkeypatch, data, capsys):
         correction.main(args)
     monkeypatch.setattr(correction, "simulator", lambda task, split: None)
     correction.main(args)
+    assert f"| otc_bcq | {ENV} | otc-embedding | 1 | oracle |" in capsys.readouterr().out
     rows = list(csv.DictReader(path.open()))
+    assert {row["run"] for row in rows} == {str(first)}
     draws = ["uniform", *correction.DISTANCES, "nearest (s, a)", "oracle"]
     assert len(rows) == 2 * 2 * 2 * len(draws) and {row["draw"] for row in rows} == set(draws)
     for row in rows:
@@ -195,6 +197,22 @@ def test_a_run_is_measured(tmp_path, monkeypatch, data, capsys):
         assert len({row[name] for row in rows}) == 2
     dev = {d: np.mean([float(r["dev"]) for r in rows if r["draw"] == d]) for d in draws}
     assert min(dev, key=dev.get) == "oracle"
+
+
+def test_a_figure_divides_by_the_uniform_draw_of_the_same_run(tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+
+    names = {"env": ENV, "strategy": "uniform", "k": 1, "seed": 1, "agent": 0}
+    rows = [
+        names | {"run": run, "draw": draw, "dev": level * share, "disc": np.nan, "auc": np.nan}
+        for run, level in (("one", 1.0), ("ten", 10.0))
+        for draw, share in (("uniform", 1.0), ("oracle", 0.5))
+    ]
+    lines = []
+    monkeypatch.setattr(Figure, "savefig", lambda its, *_, **__: lines.extend(its.axes[0].lines))
+    correction.draw_figure(rows, "figure.png")
+    found = [line.get_xdata() for line in lines if line.get_marker() == "."]
+    np.testing.assert_allclose(found, [[1.0, 1.0], [0.5, 0.5]])
 
 
 def test_todays_transitions_are_each_agents_own():
