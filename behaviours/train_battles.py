@@ -102,6 +102,10 @@ def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     if args.task not in TASKS or TASKS[args.task].win_return is None:
         raise InputError(f"--task {args.task}: expected a task that can be won, such as 5m_vs_6m")
+    if not 1 <= args.snapshot_every <= args.iterations:
+        raise InputError(
+            f"--snapshot-every {args.snapshot_every}: expected 1 to --iterations {args.iterations}"
+        )
     vec = make_vec(args.task, args.num_envs, args.seed)
     new_folder(args.out)
     E, T, A = args.num_envs, args.num_steps, vec.action_dim

@@ -1,11 +1,42 @@
 """Measurements behind the documents' tables and figures."""
 
+import contextlib
 import csv
 import io
 import json
+import subprocess
+import tempfile
 from importlib.util import find_spec
 
 from common import InputError
+
+
+class Worker:
+    """A process of its own that answers a line with a number; `name` for errors, `options` those of
+    Popen."""
+
+    def __init__(self, name: str, command: list, **options):
+        self.name, self.errors = name, tempfile.TemporaryFile("w+")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.errors}
+        self.process = subprocess.Popen(command, text=True, **pipes, **options)
+
+    def ask(self, question: str) -> float:
+        """Its answer.
+
+        Raises:
+            InputError: it has ended.
+        """
+        answer = ""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(question + "\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline()
+        if not answer:
+            status = self.process.wait()
+            self.errors.seek(0)
+            last = (self.errors.read().splitlines() or [""])[-1]
+            raise InputError(f"{self.name} ended with status {status}: {last}")
+        return float(answer)
 
 
 def write_csv(path: str, rows: list[dict]) -> None:

@@ -1,7 +1,6 @@
 r"""What OTC draws: V, rewards and ends of the drawn transitions against those of all data.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.drawn_transitions runs/STRATEGIES_RUN \
-        --csv docs/results/otc/drawn_transitions.csv
+    OMP_NUM_THREADS=1 python -m benchmarks.drawn_transitions runs/STRATEGIES_RUN --csv drawn.csv
 
 Draws from the data of a run's last checkpoint as OTC (value) would, whatever the run's own
 --sampling was, with V(s'*) divided by its mean over the matches (as the scripts do), by the mean
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import tyro
 
-from benchmarks import write_csv
+from benchmarks import check_outputs, write_csv
 from benchmarks.restored import restore
 from common import InputError, cli, sampler
 
@@ -91,6 +90,9 @@ def look(folder: str, args: Args) -> list[dict]:
 def main(args: Args) -> None:
     if not args.folders:
         raise InputError("no run folders given")
+    if args.draws < 1:
+        raise InputError(f"--draws {args.draws}: expected at least 1")
+    check_outputs(args.csv)
     rows = [row for folder in args.folders for row in look(folder, args)]
     numbers = [key for key, value in rows[0].items() if isinstance(value, float)]
     print("| data | draw | " + " | ".join(numbers) + " |\n|" + "---|" * (len(numbers) + 2))

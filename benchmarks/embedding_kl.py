@@ -1,6 +1,6 @@
 """How the KL weight of OTC's conditional VAE changes what its embedding matches.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.embedding_kl --csv docs/results/otc/embedding_kl.csv
+    OMP_NUM_THREADS=1 python -m benchmarks.embedding_kl --csv embedding_kl.csv
 
 For each weight a VAE is trained on the offline data alone; then 512 transitions are matched with
 the nearest of 2,000 others. A match is good if its state, action and next state are nearer than
@@ -13,7 +13,7 @@ import torch
 import tyro
 
 import otc_bcq
-from benchmarks import write_csv
+from benchmarks import check_outputs, write_csv
 from common import cli, datasets
 from common.embedding import Embedding
 from common.replay import Replay
@@ -36,6 +36,7 @@ class Args:
 
 
 def main(args: Args) -> None:
+    check_outputs(args.csv)
     rows = []
     for env in args.envs:
         dataset = datasets.load(env)

@@ -1,7 +1,6 @@
 """Steps per second of the environments in one process and in several.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.env_workers \
-        --csv docs/results/environments/env_workers.csv
+    OMP_NUM_THREADS=1 python -m benchmarks.env_workers --csv env_workers.csv
 
 Uniform actions; the two are timed in turn, and the median of the repetitions is printed.
 """
@@ -12,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import tyro
 
-from benchmarks import write_csv
-from common import cli
+from benchmarks import check_outputs, write_csv
+from common import InputError, cli
 from common.envs import make_vec, num_cores
 
 
@@ -35,6 +34,9 @@ class Args:
 
 def main(args: Args) -> None:
     workers = num_cores() - 1 if args.workers is None else args.workers
+    if workers < 1:
+        raise InputError(f"{workers} processes beside the first: expected --workers 1 or more")
+    check_outputs(args.csv)
     rows = []
     for task in args.tasks:
         vecs = {n: make_vec(task, args.num_envs, 0, None, n) for n in (0, workers)}

@@ -1,7 +1,7 @@
 """The mazes: what random actions and the waypoint controller score, and the built-in data.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.maze plays --csv docs/results/environments/maze_plays.csv
-    OMP_NUM_THREADS=1 python -m benchmarks.maze data --csv docs/results/datasets/maze_data.csv
+    OMP_NUM_THREADS=1 python -m benchmarks.maze plays --csv maze_plays.csv
+    OMP_NUM_THREADS=1 python -m benchmarks.maze data --csv maze_data.csv
     MUJOCO_GL=egl python -m benchmarks.maze pictures
 
 `plays`: whole episodes of uniform actions, and of the controller that makes the built-in data, sent
@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from benchmarks import write_csv
+from benchmarks import check_outputs, write_csv
 from common import cli, datasets
 from common.datasets.makers import make
 from common.datasets.makers.maze import NOISE, Controller
@@ -117,6 +117,7 @@ def pictures() -> None:
 def main(args: Args) -> None:
     if args.what == "pictures":
         return pictures()
+    check_outputs(args.csv)
     rows = plays(args.episodes) if args.what == "plays" else data()
     if args.csv is not None:
         write_csv(args.csv, rows)

@@ -3,7 +3,7 @@
     for env in {halfcheetah,walker2d,hopper}-{random,medium-replay,medium}; do
         python otc_bcq.py --env $env --deployments 0 --sampling uniform --run-dir runs/offline
     done
-    python -m benchmarks.offline_table runs/offline --csv FILE.csv
+    python -m benchmarks.offline_table runs/offline --csv offline.csv
 
 and for the sweeps of benchmarks/grids/single_agent.toml and omar.toml: their folders.
 

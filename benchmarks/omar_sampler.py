@@ -1,7 +1,6 @@
-r"""Why OMAR samples: on a critic with two peaks the policy gradient climbs the nearer one.
+"""Why OMAR samples: on a critic with two peaks the policy gradient climbs the nearer one.
 
-    python -m benchmarks.omar_sampler --csv docs/results/omar/sampler.csv \
-        --figure docs/figures/omar_sampler.png
+    python -m benchmarks.omar_sampler --csv sampler.csv --figure sampler.png
 
 One action dimension; 1,000 policies start at the lower peak's foot. Prints the share of them that
 ends at the higher peak, by gradient ascent and by the sampler with one to many samples a round.
@@ -13,7 +12,7 @@ import torch
 import tyro
 
 import omar
-from benchmarks import write_csv
+from benchmarks import check_outputs, write_csv
 from common import cli
 
 
@@ -54,6 +53,7 @@ def sample(start: torch.Tensor, **options) -> torch.Tensor:
 
 
 def main(args: Args) -> None:
+    check_outputs(args.csv, args.figure)
     start = torch.full((1, args.states, 1), args.start)
     found = {"gradient": climb(start)}
     for refit in ("softmax", "elite"):

@@ -1,6 +1,6 @@
 """Milliseconds per offline update of the four learners of OMAR's table, in turn.
 
-OMP_NUM_THREADS=1 python -m benchmarks.omar_speed --csv docs/results/omar/speed.csv
+OMP_NUM_THREADS=1 python -m benchmarks.omar_speed --csv speed.csv
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import tyro
 
-from benchmarks import write_csv
+from benchmarks import check_outputs, write_csv
 from benchmarks.speed import fill, introduction, learner_of, machine, times_of, update_of
 from common import cli, datasets
 from common.device import Graphed, pick_device
@@ -39,6 +39,7 @@ class Args:
 
 def main(args: Args) -> None:
     device = pick_device(args)
+    check_outputs(args.csv)
     dataset = datasets.load(args.env)
     what, rows = machine(device), []
     print(introduction(args.env, what))

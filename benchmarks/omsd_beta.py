@@ -5,21 +5,21 @@ score and data set, then fresh policies per beta; of the score none, IQL's own p
         --csv FILE.csv
 
 All seeds are stacked. A row per data set, split, score, beta and seed; what there is of the file is
-kept, and its settings are not measured again.
+kept, and what was measured with the same settings is not measured again.
 """
 
 import copy
 import csv
+import dataclasses
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import tyro
 
 import omsd
-from benchmarks import write_csv
-from common import cli, datasets
+from benchmarks import check_outputs, write_csv
+from common import InputError, cli, datasets
 from common.datasets import parse_env
 from common.device import pick_device
 from common.envs import make_vec, normalized_score
@@ -56,24 +56,42 @@ def train(agent, replay: Replay, kind: str, updates: int, batch: int) -> float:
 
 
 def main(args: Args) -> None:
-    rows = []
-    if Path(args.csv).exists():
-        with open(args.csv) as file:
-            rows = list(csv.DictReader(file))
-    split = args.settings.split or ""
-    done = {(row["env"], row.get("split", ""), row["score"]) for row in rows}
+    check_outputs(args.csv)
+    with open(args.csv) as file:
+        rows = list(csv.DictReader(file))
+    if rows and not columns_of(args, args.settings, 0.0).keys() <= rows[0].keys():
+        raise InputError(f"{args.csv} does not say how it was made: name another file")
+    its = {"num_seeds": args.num_seeds, "policy_updates": args.policy_updates}
+    its["offline_updates"] = args.model_updates + args.policy_updates
     for env, score in ((env, score) for env in args.envs for score in args.scores):
-        if (env, split, score) not in done:
-            rows += measure(args, env, score)
+        settings = dataclasses.replace(args.settings, **its, env=env, score=score)
+        betas = (args.betas if score != "none" else ()) or (omsd.preset(settings)["beta"],)
+        left = []
+        for beta in betas:
+            columns = columns_of(args, settings, beta)
+            if any(all(str(row[k]) == str(v) for k, v in columns.items()) for row in rows):
+                print(f"{env} {score} beta {beta}: in {args.csv} already")
+            else:
+                left.append(beta)
+        if left:
+            rows += measure(args, settings, left)
             write_csv(args.csv, rows)
 
 
-def measure(args: Args, env: str, score: str) -> list[dict]:
-    settings = copy.copy(args.settings)
-    settings.env, settings.score, settings.num_seeds = env, score, args.num_seeds
-    settings.offline_updates = args.model_updates + args.policy_updates
-    settings.policy_updates = args.policy_updates
+def columns_of(args: Args, settings: omsd.Args, beta: float) -> dict:
+    """What the numbers of a row depend on, beside its seed."""
+    columns = {"env": settings.env, "split": settings.split or "", "score": settings.score}
+    columns["beta"] = "" if settings.score == "none" else beta
+    names = "num_seeds", "episodes", "model_updates", "policy_updates"
+    columns |= {name: getattr(args, name) for name in names}
+    default = vars(omsd.Args())
+    given = [f"{k}={v}" for k, v in vars(args.settings).items() if v != default[k]]
+    return columns | {"settings": " ".join(given)}
+
+
+def measure(args: Args, settings: omsd.Args, betas: tuple[float, ...]) -> list[dict]:
     pick_device(args)
+    env, score = settings.env, settings.score
     task, S = parse_env(env)[0], args.num_seeds
     envs = make_vec(task, S * args.episodes, settings.seed, settings.split)
     data = datasets.load(env, settings.dataset, settings.dataset_size, settings.split)
@@ -83,7 +101,7 @@ def measure(args: Args, env: str, score: str) -> list[dict]:
     models.measure_scales(replay)
     of_model = train(models, replay, "model", args.model_updates, settings.batch_size)
     rows = []
-    for beta in (args.betas if score != "none" else ()) or (models.settings["beta"],):
+    for beta in betas:
         agent = copy.deepcopy(models)
         agent.settings["beta"] = beta
         of_policy = train(agent, replay, "policy", args.policy_updates, settings.batch_size)
@@ -91,13 +109,9 @@ def measure(args: Args, env: str, score: str) -> list[dict]:
         for s, its in enumerate(returns):
             mean = sum(its) / len(its)
             rows.append(
-                {
-                    "env": env,
-                    "split": settings.split or "",
-                    "score": score,
-                    "beta": "" if score == "none" else beta,
+                columns_of(args, settings, beta)
+                | {
                     "seed": settings.seed + s,
-                    "episodes": len(its),
                     "mean_return": mean,
                     "normalized_score": float(normalized_score(task, mean)),
                     "data_return": data.mean_return(),

@@ -1,6 +1,6 @@
 """Milliseconds of processor time per update of OMSD's two stages, and memory.
 
-OMP_NUM_THREADS=1 python -m benchmarks.omsd_speed --csv docs/results/omsd/speed.csv
+OMP_NUM_THREADS=1 python -m benchmarks.omsd_speed --csv speed.csv
 """
 
 import resource
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import tyro
 
 import omsd
-from benchmarks import write_csv
+from benchmarks import check_outputs, write_csv
 from benchmarks.omsd_beta import train
 from common import cli, datasets
 from common.device import pick_device
@@ -34,6 +34,7 @@ class Args:
 
 def main(args: Args) -> None:
     pick_device(args)
+    check_outputs(args.csv)
     data, rows = datasets.load(args.env, size=args.dataset_size), []
     N, obs_dim, action_dim = data.actions.shape[1], data.obs.shape[2], data.actions.shape[2]
     cases = [("default", s, seeds) for seeds in (1, 5) for s in ("decomposed", "joint")]

@@ -1,10 +1,8 @@
 """The particle tasks: what scripted play scores, steps per second, and the pictures in the docs.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.particle plays \
-        --csv docs/results/environments/particle_plays.csv
-    OMP_NUM_THREADS=1 python -m benchmarks.particle speed \
-        --csv docs/results/environments/particle_speed.csv
-    OMP_NUM_THREADS=1 python -m benchmarks.particle speed --family mpe --csv FILE
+    OMP_NUM_THREADS=1 python -m benchmarks.particle plays --csv plays.csv
+    OMP_NUM_THREADS=1 python -m benchmarks.particle speed --csv speed.csv
+    OMP_NUM_THREADS=1 python -m benchmarks.particle speed --family mpe --csv mpe_speed.csv
     python -m benchmarks.particle pictures --family mpe
 
 Predator-prey: `random`; `one` and `three` run straight at the prey; `one planning` and `corner`
@@ -20,7 +18,7 @@ from typing import Literal
 import numpy as np
 import tyro
 
-from benchmarks import write_csv
+from benchmarks import check_outputs, write_csv
 from common import ROOT, cli
 from common.datasets import makers
 from common.envs import TASKS, make_vec, mpe
@@ -219,6 +217,7 @@ def pictures(family: str) -> None:
 def main(args: Args) -> None:
     if args.what == "pictures":
         return pictures(args.family)
+    check_outputs(args.csv)
     rows = plays(args) if args.what == "plays" else speed(args.family)
     if args.csv is not None:
         write_csv(args.csv, rows)

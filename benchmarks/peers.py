@@ -24,7 +24,7 @@ import torch
 import tyro
 
 import iql
-from benchmarks import write, write_json
+from benchmarks import Worker, write, write_json
 from benchmarks.speed import LEARNERS, introduction, learner_of, machine, times_of, update_of
 from common import InputError, cache_dir, cli, datasets, nearest
 from common.datasets import makers
@@ -72,9 +72,13 @@ class Peer:
         python, complete = folder / "bin" / "python", folder / "complete"
         if not complete.exists():
             print(f"making {args.peer}'s environment in {folder}")
-            subprocess.run([sys.executable, "-m", "venv", folder], check=True)
             packages = [package, "h5py", f"torch=={torch.__version__.split('+')[0]}"]
-            subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True)
+            for command in (
+                [sys.executable, "-m", "venv", folder],
+                [python, "-m", "pip", "install", "-q", *packages],
+            ):
+                if subprocess.run(command).returncode:  # it says why
+                    raise InputError(f"{args.peer}'s environment in {folder} cannot be made")
             complete.touch()
         sizes = {
             name: [learner_args(script).batch_size, learner_args(script).hidden_size]
@@ -82,19 +86,11 @@ class Peer:
         }
         worker = Path(__file__).with_name(f"{args.peer}_worker.py")
         flags = [str(action_dim), json.dumps(sizes), str(int(args.compile)), device.type]
-        self.process = subprocess.Popen(
-            [python, worker, data, *flags],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        self.worker = Worker(f"{args.peer}'s process", [python, worker, data, *flags])
 
     def seconds(self, algorithm: str, updates: int) -> float:
         """How long so many updates took there."""
-        self.process.stdin.write(f"{algorithm} {updates}\n")
-        self.process.stdin.flush()
-        return float(self.process.stdout.readline())
+        return self.worker.ask(f"{algorithm} {updates}")
 
 
 def learner_args(script: str):
@@ -147,7 +143,7 @@ def main(args: Args) -> None:
             )
         if args.json:  # as soon as it is known: the whole takes long
             write_json(args.json, record)
-    peer.process.stdin.close()
+    peer.worker.process.stdin.close()
 
 
 def offline_update(script: str, replay: Replay, device: torch.device) -> Graphed:

@@ -1,6 +1,6 @@
 """Draw one run: the offline policy's return while it learns, then the return at each deployment.
 
-python -m benchmarks.plot_run runs/RUN --figure docs/figures/run.png
+python -m benchmarks.plot_run runs/RUN --figure run.png
 """
 
 import csv
@@ -27,7 +27,6 @@ class Args:
 
 
 def main(args: Args) -> None:
-    check_outputs(args.figure)
     if not args.figure.endswith(".png"):
         raise InputError(f"--figure {args.figure} is not a name of a PNG file")
     run = Path(args.run)
@@ -43,6 +42,7 @@ def main(args: Args) -> None:
         )
     if not (run / "returns.csv").exists():
         raise InputError(f"{run} has no returns.csv: it was stopped before its first deployment")
+    check_outputs(args.figure)
     rows = list(csv.DictReader((run / "returns.csv").open()))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     offline = events.Scalars("offline/episodic_return")

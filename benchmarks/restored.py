@@ -41,18 +41,24 @@ class Restored:
         return state
 
 
+def args_of(folder: str, args_type: type):
+    """The arguments of the run in `folder`; raises InputError where they are another version's."""
+    try:
+        return args_type(**checkpoints.read_args(folder))
+    except TypeError:
+        raise InputError(f"{folder} is a run of another version of its script") from None
+
+
 def restore(folder: str, more: int = 0) -> Restored:
     """The run in `folder`, any of its seeds', with room for `more` deployments.
 
-    Raises InputError for what is no run, and for one without deployments.
+    Raises InputError for what is no run, and for one of another script or without deployments.
     """
-    record = checkpoints.read_record(folder)
-    script = record["script"]
+    script = checkpoints.read_record(folder)["script"]
+    if script not in LEARNERS:
+        raise InputError(f"{folder} is a run of {script}; expected one of {', '.join(LEARNERS)}")
     module = importlib.import_module(script)
-    try:
-        args = module.Args(**record["args"])
-    except TypeError:
-        raise InputError(f"{folder} is a run of another version of {script}") from None
+    args = args_of(folder, module.Args)
     if not args.deployments:
         raise InputError(f"{folder} has no deployment to match with")
     where = args.env, args.dataset, args.dataset_size, args.split

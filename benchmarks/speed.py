@@ -27,7 +27,7 @@ import torch
 import tyro
 
 from benchmarks import write, write_json
-from common import cli, code_version, datasets, sampler, strategies
+from common import InputError, cli, code_version, datasets, nearest, sampler, strategies
 from common.datasets import TeamDataset
 from common.device import Graphed, pick_device
 from common.replay import Replay
@@ -276,6 +276,9 @@ def exact_seconds(match: Callable, shape: tuple, device: torch.device) -> float:
 
 
 def main(args: Args) -> None:
+    for script in args.scripts:
+        if script not in LEARNERS:
+            raise InputError(f"--scripts {script}: {nearest(script, LEARNERS)}")
     if args.json:
         write(args.json, "", mode="a")  # refused before and not after the measurement
     device = pick_device(args)

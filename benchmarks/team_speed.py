@@ -1,6 +1,6 @@
 """Processor time per update of the scripts for offline coordination, at their defaults.
 
-    python -m benchmarks.team_speed --csv docs/results/speed/team_speed.csv
+    python -m benchmarks.team_speed --csv team_speed.csv
 
 On reacher-full-expert-mix, one core; processor time, so that other work on the machine counts
 little. MOMA-PPO's updates are of two kinds, and those of the policies depend on the history.
@@ -19,7 +19,7 @@ import iql
 import maiql
 import matd3bc
 import moma_ppo
-from benchmarks import write_csv
+from benchmarks import check_outputs, write_csv
 from common import cli
 from common.datasets import load
 from common.device import keep_freed_memory, multiply_by_onednn
@@ -94,6 +94,7 @@ def updates(replay: Replay, S: int) -> dict[str, tuple[Callable, int]]:
 
 
 def main(args: Args) -> None:
+    check_outputs(args.csv)
     torch.set_num_threads(1)
     keep_freed_memory()
     multiply_by_onednn()

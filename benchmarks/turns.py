@@ -8,7 +8,6 @@ Processor time, on 100,000 transitions. The ratio is the median of those within 
 """
 
 import os
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks import write, write_json
+from benchmarks import Worker, write, write_json
 from benchmarks.speed import LEARNERS, introduction, machine
 from common import cli
 
@@ -46,21 +45,13 @@ class Checkout:
     """A process of its own that makes a checkout's updates."""
 
     def __init__(self, folder: Path):
-        self.process = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("speed_worker.py")],
-            cwd=folder,
-            env=os.environ | {"PYTHONPATH": str(folder.resolve())},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        command = [sys.executable, Path(__file__).with_name("speed_worker.py")]
+        env = os.environ | {"PYTHONPATH": str(folder.resolve())}
+        self.worker = Worker(f"the process in {folder}", command, cwd=folder, env=env)
 
     def seconds(self, script: str, num_seeds: int, updates: int, strategy: str) -> float:
         """How long so many updates took."""
-        self.process.stdin.write(f"{script} {num_seeds} {updates} {strategy}\n")
-        self.process.stdin.flush()
-        return float(self.process.stdout.readline())
+        return self.worker.ask(f"{script} {num_seeds} {updates} {strategy}")
 
 
 def main(args: Args) -> None:

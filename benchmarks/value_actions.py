@@ -13,7 +13,8 @@ import torch
 import tyro
 
 import otc_bcq
-from benchmarks import write_csv
+from benchmarks import check_outputs, write_csv
+from benchmarks.restored import args_of
 from common import checkpoints, cli, datasets, sampler
 from common.replay import Replay
 
@@ -36,7 +37,8 @@ def ranks(x: torch.Tensor) -> torch.Tensor:
 
 def main(args: Args) -> None:
     checkpoint = checkpoints.read_checkpoint(args.run, "offline.pt", "otc_bcq")
-    options = otc_bcq.Args(**checkpoints.read_args(args.run))
+    options = args_of(args.run, otc_bcq.Args)
+    check_outputs(args.csv)
     dataset = datasets.load(options.env, options.dataset, options.dataset_size, options.split)
     replay = Replay(dataset, options.num_seeds, 0, 1)
     obs_dim, action_dim = replay.obs.shape[2], replay.actions.shape[2]

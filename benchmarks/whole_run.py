@@ -23,6 +23,7 @@ import tyro
 
 from benchmarks import write, write_json
 from benchmarks.speed import introduction, machine
+from benchmarks.sweep import arguments_of
 from common import cli, datasets, loop, runs
 from common.device import pick_device
 
@@ -93,7 +94,7 @@ class Stopwatch:
 def phases_of(args: Args, num_seeds: int) -> dict[str, float]:
     """Seconds of each phase of one run."""
     module = importlib.import_module(args.script)
-    names = {field.name for field in dataclasses.fields(module.Args)}
+    names = arguments_of(args.script)
     flags = {k: v for k, v in dataclasses.asdict(args).items() if k in names}
     with tempfile.TemporaryDirectory() as folder:
         its_args = module.Args(**(flags | {"num_seeds": num_seeds, "run_dir": folder}))
@@ -116,8 +117,9 @@ def phases_of(args: Args, num_seeds: int) -> dict[str, float]:
             watch.patch(loop, "Replay", "data"),
             watch.patch(loop, "collect", "simulator"),
             watch.patch(loop, "episode_returns", "evaluation"),
-            watch.patch(module.OTC, "start_deployment", "fine-tuning updates"),
         ]
+        if hasattr(module, "OTC"):
+            patches.append(watch.patch(module.OTC, "start_deployment", "fine-tuning updates"))
         for name in ("log", "log_losses", "record_return", "record_offline", "save", "finish"):
             patches.append(watch.patch(runs.Run, name, "logging"))
         for each in patches:
@@ -132,6 +134,7 @@ def phases_of(args: Args, num_seeds: int) -> dict[str, float]:
 
 
 def main(args: Args) -> None:
+    arguments_of(args.script)  # refuses a name that is no script's
     if args.json:
         write(args.json, "", mode="a")  # refused before and not after the measurement
     datasets.load(args.env)  # into the cache

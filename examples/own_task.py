@@ -6,7 +6,7 @@ Two carts on a line shall meet: each sees its own place and the gap to the other
     python otc_td3bc.py --env examples.own_task:Carts --dataset own_task.hdf5
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import h5py
@@ -21,11 +21,17 @@ class Carts(ParallelEnv):
     max_episode_steps = 25
     reference_returns = -49.0, -9.0  # of score 0 and 100: uniform actions, full speed
 
+    def __init__(self):
+        self.random = np.random.default_rng()
+        # One object for all calls, as PettingZoo asks
+        self.observations = Box(-np.inf, np.inf, (2,), np.float32)
+        self.actions = Box(-1.0, 1.0, (1,), np.float32)
+
     def observation_space(self, agent):
-        return Box(-np.inf, np.inf, (2,), np.float32)
+        return self.observations
 
     def action_space(self, agent):
-        return Box(-1.0, 1.0, (1,), np.float32)
+        return self.actions
 
     def reset(self, seed=None, options=None):
         if seed is not None:
@@ -81,4 +87,9 @@ def write_data(path: str | Path, episodes: int = 800) -> None:
 
 
 if __name__ == "__main__":
-    write_data(sys.argv[1] if len(sys.argv) > 1 else "own_task.hdf5")
+    parser = argparse.ArgumentParser(prog="python -m examples.own_task")
+    parser.add_argument("path", nargs="?", default="own_task.hdf5", help="a new file")
+    path = parser.parse_args().path
+    if Path(path).exists():
+        parser.error(f"{path} exists already and is not overwritten; name another file")
+    write_data(path)

@@ -383,6 +383,7 @@ def test_a_training_has_a_folder_of_its_own(tmp_path, monkeypatch):
     "tool, argv",
     [
         ("train", "--task foo"),
+        ("train_battles", "--iterations 5 --out new"),
         ("train_teams", "--task nope --out new"),
         ("train_teams", "--task simple-spread --prey --out new"),
         ("select", "--task ant --snapshots nope"),

@@ -10,17 +10,24 @@ import torch
 import tyro
 
 from benchmarks import (
+    Worker,
     drawn_transitions,
+    env_workers,
     offline_table,
+    omsd_beta,
     peers,
     plot_run,
+    restored,
     scalars,
     speed,
     turns,
     value_actions,
+    whole_run,
 )
-from common import InputError, cli
+from common import InputError, checkpoints, cli
+from common.envs import make_vec
 from tests.helpers import random_team
+from tools import render
 
 ROOT = Path(__file__).parents[1]
 
@@ -176,6 +183,61 @@ def test_the_behaviours_score_is_that_of_its_own_table(tmp_path, capsys):
     assert {line[1]: line[6] for line in lines} == scores
 
 
+def test_omsds_betas_are_measured_once_for_each_setting(tmp_path, refusal, monkeypatch, capsys):
+    asked, path = [], tmp_path / "beta.csv"
+
+    def measure(args, settings, betas):
+        asked.append([settings.score, *betas])
+        seeds = range(1, 1 + args.num_seeds)
+        columns = [omsd_beta.columns_of(args, settings, beta) for beta in betas]
+        return [{**each, "seed": seed, "mean_return": 0.0} for each in columns for seed in seeds]
+
+    monkeypatch.setattr(omsd_beta, "measure", measure)
+
+    def of(scores=("decomposed",), **options):
+        asked.clear()
+        omsd_beta.main(omsd_beta.Args(("bandit-2",), str(path), scores, **options))
+        return list(asked)
+
+    assert of(("none", "decomposed")) == [["none", 1.0], ["decomposed", 1.0]]
+    assert of(("none", "decomposed")) == []
+    assert "bandit-2 decomposed beta 1.0: in" in capsys.readouterr().out
+    assert of(betas=(0.3, 1.0)) == [["decomposed", 0.3]]
+    assert of(betas=(0.3,), num_seeds=2) == of(betas=(0.3,), episodes=7) == [["decomposed", 0.3]]
+    assert of(settings=omsd_beta.omsd.Args(gamma=0.5)) == [["decomposed", 1.0]]
+    with open(path) as file:
+        assert len(list(csv.DictReader(file))) == 5 + 5 + 5 + 2 + 5 + 5
+    path.write_text("env,score,beta\nbandit-2,decomposed,1.0\n")
+    capsys.readouterr()
+    assert "does not say how it was made" in refusal(omsd_beta, "bandit-2", "--csv", path)
+
+
+def test_a_process_that_ends_is_told_with_its_last_words():
+    code = "import sys; input(); print(2.5, flush=True); raise KeyError('foo')"
+    worker = Worker("it", [sys.executable, "-c", code])
+    assert worker.ask("how long?") == 2.5
+    with pytest.raises(InputError, match="it ended with status 1: KeyError: 'foo'"):
+        worker.ask("again?")
+
+
+def test_a_whole_run_of_a_script_that_deploys_nothing_is_timed(monkeypatch):
+    import bc
+
+    begun = []
+    monkeypatch.setattr(bc, "main", begun.append)
+    found = whole_run.phases_of(whole_run.Args("bc", offline_updates=3), 2)
+    assert set(found) == set(whole_run.PHASES)
+    assert begun[0].num_seeds == 2 and begun[0].offline_updates == 3
+
+
+def test_a_picture_of_another_versions_run_is_refused(tmp_path):
+    run = fake_run(tmp_path, "otc_bcq", 1, [1.0], forgotten_argument=1)
+    state = {"agent": {}, "script": "otc_bcq", "format": checkpoints.FORMAT}
+    torch.save(state, run / "checkpoint.pt")
+    with pytest.raises(InputError, match="is a run of another version of its script"):
+        render.trained_policy(str(run), make_vec("hopper", 1, 0))
+
+
 def test_tools_refuse_what_they_cannot_read(tmp_path, refusal):
     out = tmp_path / "file.png"
     assert "is not a name of a PNG file" in refusal(
@@ -187,4 +249,10 @@ def test_tools_refuse_what_they_cannot_read(tmp_path, refusal):
     torch.save({"agent": {}, "progress": (0, 100), "script": "otc_td3bc"}, run / "offline.pt")
     assert "of otc_td3bc, not otc_bcq" in refusal(value_actions, run, "--csv", out)
     assert "no run folders" in refusal(drawn_transitions, "--csv", out)
+    assert "--draws 0" in refusal(drawn_transitions, run, "--draws", 0, "--csv", out)
+    assert "--workers 1 or more" in refusal(env_workers, "--workers", 0, "--csv", out)
+    assert "--scripts iql: did you mean" in refusal(speed, "--scripts", "iql", "--json", out)
+    assert "no script 'foo'" in refusal(whole_run, "--script", "foo", "--json", out)
+    with pytest.raises(InputError, match="is a run of mine; expected one of otc_bcq,"):
+        restored.restore(str(fake_run(tmp_path, "mine", 1, [1.0])))
     assert "nothing to copy" in refusal(scalars, "--csv", out)

@@ -547,6 +547,22 @@ def test_the_example_of_an_own_task_trains(tmp_path, monkeypatch, capsys):
     assert "max_episode_steps" not in capsys.readouterr().err
 
 
+def test_the_example_of_an_own_task_is_one_of_pettingzoos(tmp_path):
+    from pettingzoo.test import parallel_api_test
+
+    from examples.own_task import Carts
+
+    parallel_api_test(Carts(), num_cycles=60)
+    command = [sys.executable, "-m", "examples.own_task"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    (tmp_path / "own_task.hdf5").write_text("kept")
+    for argv, status in ((["--help"], 0), ([], 2)):
+        done = subprocess.run([*command, *argv], cwd=tmp_path, env=env, capture_output=True)
+        assert done.returncode == status
+    assert b"own_task.hdf5 exists already" in done.stderr
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
+
+
 class Endless(Point):
     max_episode_steps = None
 

@@ -9,7 +9,6 @@ MuJoCo draws without a screen where MUJOCO_GL=egl (the default there on Linux) o
 
 import argparse
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks.restored import args_of
 from common import InputError, checkpoints
 from common.datasets import parse_env
 from common.envs import VecEnv, parallel_env
@@ -34,8 +34,7 @@ def trained_policy(folder: str, vec: VecEnv) -> tuple[Policy, Callable[[], None]
 
     Raises InputError if the folder, its script or its checkpoint cannot be used with the task.
     """
-    options = checkpoints.read_args(folder)
-    info = json.loads((Path(folder) / "args.json").read_text())
+    info = checkpoints.read_record(folder)
     script = info.get("script", "")
     try:
         module = import_module(script)
@@ -49,7 +48,7 @@ def trained_policy(folder: str, vec: VecEnv) -> tuple[Policy, Callable[[], None]
     if len(classes) != 1 or not hasattr(module, "Args"):
         raise InputError(f"{script}.py: expected Args and one class with `update` and `act`")
     checkpoint = checkpoints.read_checkpoint(folder, "checkpoint.pt", script)
-    args = module.Args(**options)
+    args = args_of(folder, module.Args)
     num_groups = args.num_seeds * vec.num_agents
     takes_both = "discrete" in inspect.signature(classes[0]).parameters
     kind = (vec.discrete,) if takes_both else ()
