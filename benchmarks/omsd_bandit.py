@@ -15,6 +15,7 @@ import copy
 import csv
 import dataclasses
 import itertools
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 import omsd
 from benchmarks import write_csv
 from benchmarks.omsd_beta import train
-from common import cli, datasets
+from common import InputError, cli, datasets
 from common.device import pick_device
 from common.envs.bandit import MODES
 from common.replay import Replay
@@ -123,11 +124,19 @@ def actions_of(agent) -> torch.Tensor:
     return agent.act(torch.ones(2 * agent.S, 1, 5)).view(agent.S, 2)
 
 
+def weighting(text: str) -> tuple[str, float]:
+    """A --score-weight and a --t-max; raises InputError for others."""
+    found = re.fullmatch(r"(\w+) (0?\.\d+)", text)
+    if not found or found[1] not in omsd.WEIGHTS:
+        raise InputError(f"--weightings {text!r}: expected such as {WEIGHTINGS[0]!r}")
+    return found[1], float(found[2])
+
+
 def measure(args: Args) -> None:
+    weightings = [weighting(text) for text in args.weightings]
     pick_device(args)
     data = datasets.load(args.env)
     rows, fields = [], []
-    weightings = [(w, float(t)) for w, t in map(str.split, args.weightings)]
     for score in args.scores:
         begun = time.time()
         models = learner(args, score)

@@ -14,6 +14,7 @@ from benchmarks import (
     drawn_transitions,
     env_workers,
     offline_table,
+    omsd_bandit,
     omsd_beta,
     peers,
     plot_run,
@@ -252,6 +253,9 @@ def test_tools_refuse_what_they_cannot_read(tmp_path, refusal):
     assert "--draws 0" in refusal(drawn_transitions, run, "--draws", 0, "--csv", out)
     assert "--workers 1 or more" in refusal(env_workers, "--workers", 0, "--csv", out)
     assert "--scripts iql: did you mean" in refusal(speed, "--scripts", "iql", "--json", out)
+    argv = "--csv", out, "--fields", out, "--weightings"
+    for wrong in ("foo", "vds", "vds 1.2.3", "foo 0.98"):
+        assert f"--weightings '{wrong}': expected" in refusal(omsd_bandit, *argv, wrong)
     assert "no script 'foo'" in refusal(whole_run, "--script", "foo", "--json", out)
     with pytest.raises(InputError, match="is a run of mine; expected one of otc_bcq,"):
         restored.restore(str(fake_run(tmp_path, "mine", 1, [1.0])))
