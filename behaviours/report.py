@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 
 from benchmarks import check_outputs, write_csv
-from common import cli
+from common import InputError, cli
 from common.datasets.makers import built_in_path, maker_of, mpe
 from common.datasets.names import BUILT_IN_SIZES
 from common.envs import make_vec, normalized_score
@@ -105,7 +105,7 @@ def teams() -> list[dict]:
 
 
 def main(args: Args) -> None:
-    check_outputs(args.csv, args.teams, args.figure)
+    check_outputs(args.csv, args.teams, figure=args.figure)
     of_teams = teams()
     for row in of_teams:
         print("| " + " | ".join(map(str, row.values())) + " |")
@@ -123,7 +123,7 @@ def main(args: Args) -> None:
             else:
                 print(f"{path} has not been made yet")
     if not returns:
-        return
+        raise InputError("no data of halfcheetah, hopper or walker2d has been made yet")
 
     rows = []
     print("| dataset | source | episodes | mean | std | min | max |")

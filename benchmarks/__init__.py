@@ -54,15 +54,17 @@ def write_json(path: str, record: dict) -> None:
     write(path, json.dumps(record, indent=1, default=str) + "\n")
 
 
-def check_outputs(*paths: str | None, flag: str = "--figure") -> None:
-    """Find out before the work that what it makes can be kept, and a PNG file drawn.
+def check_outputs(*paths: str | None, figure: str | None = None, flag: str = "--figure") -> None:
+    """Find out before the work that what it makes can be kept, and a figure drawn.
 
     Raises:
-        InputError: it cannot.
+        InputError: it cannot, or the figure is no PNG file.
     """
-    for path in filter(None, paths):
-        if path.endswith(".png") and find_spec("matplotlib") is None:
-            raise InputError(f"{flag} needs matplotlib: pip install -r requirements-dev.txt")
+    if figure and not figure.endswith(".png"):
+        raise InputError(f"{flag} {figure} is not a name of a PNG file")
+    if figure and find_spec("matplotlib") is None:
+        raise InputError(f"{flag} needs matplotlib: pip install -r requirements-dev.txt")
+    for path in filter(None, (*paths, figure)):
         write(path, "", "a")
 
 

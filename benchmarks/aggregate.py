@@ -215,8 +215,9 @@ def read(args: Args) -> tuple[Cells, list[str]]:
         task = its["env"] + (f" ({its['split']})" if its.get("split") else "")
         added = "".join(f" {n}={its.get(n)}" for n in by)
         strategy = strategies.strategy_name(its) + added
-        more = record.get("code", "unknown"), record.get("data_return"), "", added
-        found.append(Finished(folder, script, strategy, task, record["seed"], its, rows, *more))
+        more = {"code": record.get("code", "unknown"), "data_return": record.get("data_return")}
+        of_run = folder, script, strategy, task, record["seed"], its, rows
+        found.append(Finished(*of_run, **more, by=added))
     known = {name for run in found for name in run.args}
     for name in (name for name in by if found and name not in known):
         raise InputError(f"--by {name}: no run has it; {nearest(name, sorted(known))}")
@@ -309,10 +310,10 @@ def baselines(cells: Cells, asked: str | None) -> dict[str, str]:
         raise InputError(f"--baseline {asked}: no run is of it; {nearest(asked, names)}")
     name, found = asked or "uniform", {}
     for method, run in its.items():
-        of_script = {other: r for other, r in its.items() if r.script == run.script}
-        found_names = {r.strategy: other for other, r in of_script.items()}
-        found_names |= {plain[other]: other for other, r in of_script.items() if r.by == run.by}
-        base = name if name in its else found_names.get(name)
+        of_script = [other for other, r in its.items() if r.script == run.script]
+        named = [other for other in of_script if name in (its[other].strategy, plain[other])]
+        alike = [m for m in named if its[m].by == run.by] or named  # the only one, of other --by
+        base = name if name in its else alike[0] if len(alike) == 1 else None
         if base not in (None, method):
             found[method] = base
     return found
@@ -482,8 +483,6 @@ def draw(path: str, cells: Cells, parts: list, base: dict[str, str], args: Args)
 
 
 def main(args: Args) -> None:
-    if args.out and not args.out.endswith(".png"):
-        raise InputError(f"--out {args.out} is not a name of a PNG file")
     if args.bootstrap_seed < 0:
         raise InputError(f"--bootstrap-seed is {args.bootstrap_seed}; it must be at least 0")
     if args.resamples < 100:
@@ -512,7 +511,7 @@ def main(args: Args) -> None:
     parts = [part for part in parts if samples_of(*part[1:])]  # no table of no common seed
     for run in all_runs:  # what is wrong is said before anything is written
         run.value(args.column, args.of)
-    check_outputs(args.csv, args.table, args.out, flag="--out")
+    check_outputs(args.csv, args.table, figure=args.out, flag="--out")
     value = {"last": f"pi^{last}", "mean": f"mean of pi^1 ... pi^{last}"}
     value |= {"gain": f"pi^{last} less pi^0", "improvement": f"pi^{last} above pi^0 in %"}
     print(

@@ -365,7 +365,7 @@ def main(args: Args) -> None:
         raise InputError("no run folders given")
     if min(args.at, default=0) < 1 or args.draws < 1:
         raise InputError("--at and --draws must be 1 or more")
-    check_outputs(args.csv, args.figure)
+    check_outputs(args.csv, figure=args.figure)
     rows = []
     for folder in args.folders:
         rows += look(folder, args)

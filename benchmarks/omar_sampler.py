@@ -53,7 +53,7 @@ def sample(start: torch.Tensor, **options) -> torch.Tensor:
 
 
 def main(args: Args) -> None:
-    check_outputs(args.csv, args.figure)
+    check_outputs(args.csv, figure=args.figure)
     start = torch.full((1, args.states, 1), args.start)
     found = {"gradient": climb(start)}
     for refit in ("softmax", "elite"):

@@ -102,6 +102,7 @@ def measure(args: Args, settings: omsd.Args, betas: tuple[float, ...]) -> list[d
     of_model = train(models, replay, "model", args.model_updates, settings.batch_size)
     rows = []
     for beta in betas:
+        torch.manual_seed(settings.seed + 1)  # whichever betas come before
         agent = copy.deepcopy(models)
         agent.settings["beta"] = beta
         of_policy = train(agent, replay, "policy", args.policy_updates, settings.batch_size)

@@ -27,8 +27,6 @@ class Args:
 
 
 def main(args: Args) -> None:
-    if not args.figure.endswith(".png"):
-        raise InputError(f"--figure {args.figure} is not a name of a PNG file")
     run = Path(args.run)
     record = checkpoints.read_record(run)
     options = record["args"]
@@ -42,7 +40,7 @@ def main(args: Args) -> None:
         )
     if not (run / "returns.csv").exists():
         raise InputError(f"{run} has no returns.csv: it was stopped before its first deployment")
-    check_outputs(args.figure)
+    check_outputs(figure=args.figure)
     rows = list(csv.DictReader((run / "returns.csv").open()))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     offline = events.Scalars("offline/episodic_return")

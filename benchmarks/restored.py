@@ -41,14 +41,6 @@ class Restored:
         return state
 
 
-def args_of(folder: str, args_type: type):
-    """The arguments of the run in `folder`; raises InputError where they are another version's."""
-    try:
-        return args_type(**checkpoints.read_args(folder))
-    except TypeError:
-        raise InputError(f"{folder} is a run of another version of its script") from None
-
-
 def restore(folder: str, more: int = 0) -> Restored:
     """The run in `folder`, any of its seeds', with room for `more` deployments.
 
@@ -58,7 +50,7 @@ def restore(folder: str, more: int = 0) -> Restored:
     if script not in LEARNERS:
         raise InputError(f"{folder} is a run of {script}; expected one of {', '.join(LEARNERS)}")
     module = importlib.import_module(script)
-    args = args_of(folder, module.Args)
+    args = checkpoints.args_of(folder, module.Args)
     if not args.deployments:
         raise InputError(f"{folder} has no deployment to match with")
     where = args.env, args.dataset, args.dataset_size, args.split

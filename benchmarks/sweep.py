@@ -159,15 +159,13 @@ def jobs_of(grid: dict) -> list[Job]:
     for script_name, env_name in itertools.product(grid["scripts"], grid["envs"]):
         of_script = {**grid.get("script", {}).get(script_name, {})}
         script = of_script.pop("script", script_name)
-        groups, its = arguments_of(script), grid.get("strategy", {})
+        groups, tables = arguments_of(script), grid.get("strategy", {})
         of_env = {"env": env_name, **grid.get("env", {}).get(env_name, {})}
         common = checked({**grid.get("flags", {}), **of_script, **of_env}, groups, script)
-        strategies = {
-            name: checked(
-                ({"sampling": name} if name in SAMPLING else {}) | its.get(name, {}), groups, script
-            )
-            for name in grid.get("strategies", [])
-        }
+        strategies = {}
+        for name in grid.get("strategies", []):
+            sampling = {"sampling": name} if name in SAMPLING else {}
+            strategies[name] = checked(sampling | tables.get(name, {}), groups, script)
         cell = re.sub(r"[^\w.-]", "-", f"{script_name}-{env_name}")
         for start in range(first, first + count, each):
             seeds = {"seed": start, "num_seeds": min(each, first + count - start)}

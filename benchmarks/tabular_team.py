@@ -369,7 +369,7 @@ def main(args: Args) -> None:
         raise InputError(
             f"--references {args.references}: more than --deployment-steps {args.deployment_steps}"
         )
-    check_outputs(args.csv, args.figure)
+    check_outputs(args.csv, figure=args.figure)
     torch.set_num_threads(1)
     partner = partner_of(args.partner)
     uniform = torch.full((NUM_CELLS, NUM_ACTIONS), 1 / NUM_ACTIONS).double()

@@ -14,7 +14,6 @@ import tyro
 
 import otc_bcq
 from benchmarks import check_outputs, write_csv
-from benchmarks.restored import args_of
 from common import checkpoints, cli, datasets, sampler
 from common.replay import Replay
 
@@ -37,7 +36,7 @@ def ranks(x: torch.Tensor) -> torch.Tensor:
 
 def main(args: Args) -> None:
     checkpoint = checkpoints.read_checkpoint(args.run, "offline.pt", "otc_bcq")
-    options = args_of(args.run, otc_bcq.Args)
+    options = checkpoints.args_of(args.run, otc_bcq.Args)
     check_outputs(args.csv)
     dataset = datasets.load(options.env, options.dataset, options.dataset_size, options.split)
     replay = Replay(dataset, options.num_seeds, 0, 1)

@@ -46,6 +46,14 @@ def read_args(folder: str | Path) -> dict:
     return read_record(folder)["args"]
 
 
+def args_of(folder: str, args_type: type):
+    """The arguments of the run in `folder`; raises InputError where they are another version's."""
+    try:
+        return args_type(**read_args(folder))
+    except TypeError:
+        raise InputError(f"{folder} is a run of another version of its script") from None
+
+
 def seeds_folders(folder: str | Path) -> list[Path]:
     """The folders of all the seeds of the run in `folder`, the first seed's first; InputError: no
     run, or several seeds' whose folders do not have their names any more."""
@@ -57,11 +65,7 @@ def seeds_folders(folder: str | Path) -> list[Path]:
             f"{folder} was copied or renamed; the seeds of a run find each other by their names: "
             f"{names[0]} and {len(names) - 1} more"
         )
-    folders = [folder.parent / name for name in names]
-    for each in folders:
-        if not each.is_dir():
-            raise InputError(f"{folder} is a run of {len(names)} seeds; {each} is missing")
-    return folders
+    return [folder.parent / name for name in names]
 
 
 def read_checkpoint(folder: str, name: str, script: str) -> dict:

@@ -58,6 +58,7 @@ class Training:
         self.phase, self.done = 0, 0  # deployment k, 0 for the offline phase; its updates so far
         self.evaluated = 0  # offline updates at the latest evaluation
         self.graph, self.captured = args.cuda_graph and self.device.type == "cuda", None
+        self.latest = None  # update's losses, and its number
 
     def begin(self, agent: nn.Module, strategy: Strategy | None = None) -> None:
         """Where the checkpoint says, or afresh; makes the run's folder."""
@@ -83,7 +84,9 @@ class Training:
         self.checkpoint = None
 
     def save(self, name: str = "checkpoint.pt") -> None:
-        """All that a resumed run goes on with."""
+        """All that a resumed run goes on with; InputError where the training has diverged."""
+        if self.latest is not None:
+            self.run.refuse_divergence(*self.latest)
         state = {
             "agent": self.agent.state_dict(),
             "strategy": self.strategy.state_dict(),
@@ -121,10 +124,10 @@ class Training:
         graphed = Graphed(update, self.graph)
         for number in run.updates("embedding", self.done - before, stop):
             losses, self.done = graphed(number), before + number
+            self.latest = losses, number
             if number % args.log_every == 0 or number == stop:
                 run.log_losses(losses, number)
             if number % args.checkpoint_every == 0:
-                run.refuse_divergence(losses, number)
                 self.save()
             run.stop_if_asked(self.save)
 
@@ -148,6 +151,7 @@ class Training:
             before = args.offline_updates + (self.phase - 1) * args.finetune_updates
         for number in run.updates(name, self.done, stop):
             losses, self.done = self.captured(number), number
+            self.latest = losses, before + number
             if number % args.log_every == 0 or number == stop:
                 run.log_losses(losses, before + number)
                 run.log_rate(number, before + number)
@@ -159,7 +163,6 @@ class Training:
             if offline:
                 self._evaluate_offline()
             if number % args.checkpoint_every == 0:
-                run.refuse_divergence(losses, before + number)
                 self.save()
             run.stop_if_asked(self.save)
 

@@ -79,6 +79,9 @@ class Run:
         self.stop_signal, self.at_stop, self.writers, self.handlers = None, None, [], {}
         if checkpoint is not None:
             self.folders = seeds_folders(args.resume)
+            for folder in self.folders:
+                if not folder.is_dir():
+                    raise InputError(f"--resume {args.resume}: {folder}, of its seeds, is missing")
             self.rows = checkpoint["rows"]
             was, now = read_record(args.resume).get("code"), code_version()
             if was != now:
@@ -220,7 +223,7 @@ class Run:
         stacked = torch.stack([value.float() for value in losses.values()]).cpu()  # (tags, G)
         per_seed = stacked.view(len(losses), len(self.seeds), -1).mean(dim=2)
         self.log(dict(zip(losses, per_seed, strict=True)), step)
-        self.refuse_divergence(losses, step)
+        self.refuse_divergence(dict(zip(losses, stacked, strict=True)), step)
 
     def refuse_divergence(self, losses: dict[str, torch.Tensor], step: int) -> None:
         """Raises InputError where a loss (G,) is not finite: before it is in a checkpoint."""
@@ -337,7 +340,7 @@ class Run:
         """Flush TensorBoard, end what is tracked, and put the signals' handlers back."""
         writers, self.writers = self.writers, []
         for writer in writers:
-            with contextlib.suppress(OSError):  # a full disk's; a checkpoint has flushed before
+            with contextlib.suppress(OSError):  # a full disk's, said where it was met
                 writer.close()
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
@@ -351,6 +354,9 @@ class Run:
     def finish(self) -> None:
         """Print the closing table: return of pi^0 and pi^K and the improvement, per seed and over
         seeds; of tasks that can be won also how often they are. Without deployments pi^0 alone."""
+        with self.closed_on_error():
+            for writer in self.writers:
+                writer.flush()  # raises what `close` would hide
         self.close()
         Run.unfinished = None
         policies = [0, -1] if len(self.rows[0]) > 1 else [0]

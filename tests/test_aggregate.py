@@ -314,6 +314,17 @@ def test_a_baseline_is_found_among_its_like(tmp_path, said):
         assert row["baseline"] == f"uniform batch_size={size}" and row["won"] == "5 of 5"
 
 
+def test_the_only_baseline_serves_all(tmp_path, said):
+    """Where --by tells apart what uniform draws do not have."""
+    for alpha, sampling, seed in [(1, "uniform", 1), (1, "uniform", 2)] + [
+        (alpha, "otc", seed) for alpha in (1, 2) for seed in (1, 2)
+    ]:
+        fake_run(tmp_path, seed, [1.0, 2.0 + alpha], sampling=sampling, alpha=alpha)
+    said(tmp_path, "--by", "alpha", "--table", tmp_path / "t.csv", "--mixed")
+    found = {row["method"]: row["baseline"] for row in rows_of(tmp_path / "t.csv")}
+    assert {found[f"otc-value alpha={a}"] for a in (1, 2)} == {"uniform alpha=1"}
+
+
 def test_curves_are_of_one_task(study, said):
     printed = said(study, "--column", "normalized_score", "--curves", "--resamples", "100")
     assert printed.count("| method | pi^0") == 2  # of each task; none under the table of both

@@ -241,9 +241,6 @@ def test_a_picture_of_another_versions_run_is_refused(tmp_path):
 
 def test_tools_refuse_what_they_cannot_read(tmp_path, refusal):
     out = tmp_path / "file.png"
-    assert "is not a name of a PNG file" in refusal(
-        plot_run, "nope", "--figure", tmp_path / "a.xyz"
-    )
     assert "nope is not a run folder" in refusal(plot_run, "nope", "--figure", out)
     run = fake_run(tmp_path, "otc_td3bc", 1, [1.0], eval_every=200, policy_delay=2)
     assert "--eval-every 200" in refusal(plot_run, run, "--figure", out)

@@ -120,6 +120,26 @@ def test_what_diverged_is_in_no_checkpoint(tmp_path, monkeypatch, capsys, argv):
     assert not (only(tmp_path / "runs") / "checkpoint.pt").exists()
 
 
+def test_a_stop_saves_nothing_that_diverged(tmp_path, monkeypatch, capsys, argv):
+    """Nor over a good checkpoint: at 20 all is well, at 30 a loss is nan and a signal comes."""
+    update, count = otc_td3bc.TD3BC.update, []
+
+    def spoilt(self, *args):
+        losses = update(self, *args)
+        count.append(1)
+        if len(count) == 30:
+            losses["losses/qf1_loss"] = losses["losses/qf1_loss"] * torch.nan
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+
+    monkeypatch.setattr(otc_td3bc.TD3BC, "update", spoilt)
+    argv += ["--log-every", 60, "--checkpoint-every", 20]
+    said = refused(capsys, run, monkeypatch, "otc_td3bc", *argv)
+    assert "is not finite after 30 updates" in said
+    path = only(tmp_path / "runs") / "checkpoint.pt"
+    assert torch.load(path, weights_only=True)["progress"] == (0, 20)
+
+
 def test_numbers_beyond_float32s_squares_are_refused_by_row(tmp_path, data):
     path = copy_of(data, tmp_path / "huge.hdf5")
     with h5py.File(path, "a") as file:
@@ -278,7 +298,8 @@ def test_who_holds_the_policy_is_said(stopped, tmp_path, monkeypatch, capsys, ar
 
 def test_other_code_is_said(stopped, monkeypatch, capsys):
     record = json.loads((stopped / "args.json").read_text())
-    for code, times in ((record["code"], 0), ("0123456789ab", 1)):
+    monkeypatch.setattr(runs, "code_version", lambda: "abc")
+    for code, times in (("abc", 0), ("0123456789ab", 1)):
         (stopped / "args.json").write_text(json.dumps(record | {"code": code}))
         run(monkeypatch, "otc_td3bc", "--resume", stopped)
         assert capsys.readouterr().err.count(f"begun with code {code}") == times
@@ -295,7 +316,9 @@ def test_a_seeds_missing_folder_is_said(tmp_path, monkeypatch, capsys, argv):
     first, second = sorted((tmp_path / "runs").iterdir())
     shutil.rmtree(second)
     said = refused(capsys, run, monkeypatch, "otc_td3bc", "--resume", first)
-    assert f"{second} is missing" in said and not second.exists()
+    assert f"{second}, of its seeds, is missing" in said and not second.exists()
+    more = ["--offline-checkpoint", first, *argv[:-1], tmp_path / "more", "--num-seeds", 2]
+    run(monkeypatch, "otc_td3bc", *more)  # which needs the first alone
 
 
 def test_a_policy_is_kept_whenever_the_run_is_stopped(tmp_path, monkeypatch, argv):
@@ -493,6 +516,10 @@ class OneReference(Point):
     reference_returns = 5
 
 
+class WrittenReferences(Point):
+    reference_returns = "ab"
+
+
 class SameReferences(Point):
     reference_returns = 1, 1
 
@@ -515,8 +542,9 @@ class ArrayReward(Point):
         (OneFlag, "step gave terminations as bool, expected a dictionary"),
         (ShortObs, "observation or action mask of 1 numbers, where its space has 2"),
         (LongObs, "observation or action mask of 3 numbers, where its space has 2"),
-        (NoLimit, "max_episode_steps inf, expected a number of steps"),
+        (NoLimit, "max_episode_steps inf, expected a whole number of steps"),
         (OneReference, "reference_returns 5, expected two different numbers"),
+        (WrittenReferences, "reference_returns ab, expected two different numbers"),
         (SameReferences, r"reference_returns \(1, 1\), expected two different numbers"),
     ],
 )
@@ -684,15 +712,17 @@ def test_a_full_disk_ends_in_words_and_leaves_the_last_checkpoint(
     assert (folder / "returns.csv").read_text().count("\n") == 4
 
 
-def test_a_disk_that_fills_while_tensorboard_writes_ends_in_words(tmp_path, argv):
-    """Its own thread meets the error, and meets it again when the writers are closed."""
+@pytest.mark.parametrize("writes", [12, 93])
+def test_a_disk_that_fills_while_tensorboard_writes_ends_in_words(tmp_path, argv, writes):
+    """Its own thread meets the error, and meets it again when the writers are closed; the last of a
+    run's writes come after its last checkpoint."""
     code = (
         "import sys\n"
         "from tensorboard.summary.writer.record_writer import RecordWriter\n"
         "write, count = RecordWriter.write, [0]\n"
         "def full(self, data):\n"
         "    count[0] += 1\n"
-        "    if count[0] > 12:\n"
+        f"    if count[0] > {writes}:\n"
         "        raise OSError(28, 'No space left on device')\n"
         "    write(self, data)\n"
         "RecordWriter.write = full\n"

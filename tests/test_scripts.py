@@ -331,8 +331,8 @@ def start_process(script, *argv):
 
 
 def test_resume_after_a_kill_ends_where_the_unbroken_run_does(tmp_path, data):
-    """A process of its own, killed at a random moment; all that it saves at the end is bit for bit
-    the same."""
+    """A process of its own, killed some time after its first checkpoint; all that it saves at the
+    end is bit for bit the same."""
     # No tight loop of checkpoints: most moments are between two of them.
     argv = ["--env", ENV, "--dataset", data, *tiny("otc_bcq"), "--offline-updates", 400]
     argv += ["--finetune-updates", 200, "--checkpoint-every", 110]
@@ -636,7 +636,7 @@ def test_a_copied_or_renamed_run_is_itself(tmp_path, monkeypatch, data, fails):
 
 
 @every_script
-def test_a_run_of_one_script_is_refused_by_every_other(tmp_path, monkeypatch, data, fails, script):
+def test_a_run_of_one_script_is_refused_by_others(tmp_path, monkeypatch, data, fails, script):
     common = ["--env", ENV, "--dataset", data]
     run(monkeypatch, script, *common, *tiny(script), "--run-dir", tmp_path / "a")
     folder = only(tmp_path / "a")

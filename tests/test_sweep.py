@@ -1,5 +1,6 @@
 """A grid becomes jobs; what is done is not done again, whatever ended it before."""
 
+import json
 import os
 import re
 import signal
@@ -71,6 +72,17 @@ def test_a_table_named_as_a_sampling_is_that_sampling():
     tables = {"strategies": ["balanced"], "strategy": {"balanced": {"finetune-updates": 7}}}
     job = sweep.jobs_of(GRID | tables)[-1]
     assert job.flags["sampling"] == "balanced" and job.flags["finetune_updates"] == 7
+
+
+def test_a_lost_folder_of_a_seed_is_its_jobs_matter_alone(tmp_path):
+    (job, *_) = sweep.jobs_of(GRID | {"strategies": [], "strategy": {}})
+    place, names = sweep.Place(job, tmp_path), ["a", "b"]
+    (place.folder / "a").mkdir(parents=True)
+    seed = job.flags["seed"]
+    record = {"args": {"seed": seed}, "seed": seed, "script": job.script, "folders": names}
+    (place.folder / "a" / "args.json").write_text(json.dumps(record))
+    (place.folder / "a" / "checkpoint.pt").touch()
+    assert place.state() == "resumable"
 
 
 def test_a_report_of_nothing_overwrites_nothing(tmp_path, capsys):

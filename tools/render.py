@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.restored import args_of
 from common import InputError, checkpoints
 from common.datasets import parse_env
 from common.envs import VecEnv, parallel_env
@@ -48,7 +47,7 @@ def trained_policy(folder: str, vec: VecEnv) -> tuple[Policy, Callable[[], None]
     if len(classes) != 1 or not hasattr(module, "Args"):
         raise InputError(f"{script}.py: expected Args and one class with `update` and `act`")
     checkpoint = checkpoints.read_checkpoint(folder, "checkpoint.pt", script)
-    args = args_of(folder, module.Args)
+    args = checkpoints.args_of(folder, module.Args)
     num_groups = args.num_seeds * vec.num_agents
     takes_both = "discrete" in inspect.signature(classes[0]).parameters
     kind = (vec.discrete,) if takes_both else ()

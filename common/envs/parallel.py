@@ -15,12 +15,13 @@
 - `reference_returns`, where the environment has them, are the returns of score 0 and 100.
 """
 
+import math
 import sys
 import traceback
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
-from numbers import Integral
+from numbers import Real
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,11 @@ from common.envs.vec import VecEnv, choose, own_entries
 def find_factory(name: str) -> Callable[..., ParallelEnv]:
     """The callable that `package.module:factory` names. Raises InputError if there is none."""
     module_name, _, factory_name = name.partition(":")
-    if not module_name or not factory_name:
+    if not module_name or module_name.startswith(".") or not factory_name:
         raise InputError(f"{name!r} names no environment: expected package.module:factory")
     try:
         module = import_module(module_name)
-    except (ImportError, TypeError) as error:  # TypeError: a name that begins with a dot
+    except ImportError as error:
         raise InputError(
             f"cannot import {module_name!r} of {name!r}: {error}\n"
             "expected a module that Python finds (beside the script, or on PYTHONPATH)"
@@ -142,15 +143,18 @@ class ParallelTeam:
         if self.max_episode_steps is None:
             note(f"{name} has no max_episode_steps: an episode is cut after 1000 steps")
             self.max_episode_steps = 1000
-        if not isinstance(self.max_episode_steps, Integral) or self.max_episode_steps < 1:
+        limit = self.max_episode_steps
+        if not isinstance(limit, Real) or not 1 <= limit < math.inf or limit != int(limit):
             raise InputError(
-                f"{name!r} has max_episode_steps {self.max_episode_steps}, expected a number of "
-                "steps, 1 or more"
+                f"{name!r} has max_episode_steps {limit}, expected a whole number of steps"
             )
         self.reference_returns = getattr(env, "reference_returns", None)
         if self.reference_returns is not None:
-            found = np.array(self.reference_returns, dtype=float).ravel()
-            if found.shape != (2,) or not np.isfinite(found).all() or found[0] == found[1]:
+            try:
+                low, high = map(float, self.reference_returns)
+            except (TypeError, ValueError):
+                low, high = math.nan, math.nan
+            if not (math.isfinite(low) and math.isfinite(high)) or low == high:
                 raise InputError(
                     f"{name!r} has reference_returns {self.reference_returns}, expected two "
                     "different numbers, of score 0 and 100"
