@@ -169,8 +169,9 @@ def jobs_of(grid: dict) -> list[Job]:
         cell = re.sub(r"[^\w.-]", "-", f"{script_name}-{env_name}")
         for start in range(first, first + count, each):
             seeds = {"seed": start, "num_seeds": min(each, first + count - start)}
-            flags = {k: v for k, v in common.items() if not is_online(k, groups)}
+            flags = common
             if "deployments" in groups:
+                flags = {k: v for k, v in common.items() if not is_online(k, groups)}
                 flags |= {"deployments": 0, "sampling": "uniform"}
             offline = Job(f"{cell}-pi0", script, flags | seeds)
             jobs.append(offline)

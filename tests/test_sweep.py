@@ -74,6 +74,15 @@ def test_a_table_named_as_a_sampling_is_that_sampling():
     assert job.flags["sampling"] == "balanced" and job.flags["finetune_updates"] == 7
 
 
+def test_a_script_without_deployments_keeps_all_its_flags():
+    """Also those that are named as others' flags of fine-tuning."""
+    flags = {"finetune": True, "finetune-updates": 10, "model-updates": 20, "offline-updates": 100}
+    grid = {"scripts": ["maiql"], "envs": ["ant-random"], "seeds": 1, "flags": flags}
+    (job,) = sweep.jobs_of(grid)
+    sweep.check(job)
+    assert job.flags["finetune_updates"] == 10
+
+
 def test_a_lost_folder_of_a_seed_is_its_jobs_matter_alone(tmp_path):
     (job, *_) = sweep.jobs_of(GRID | {"strategies": [], "strategy": {}})
     place, names = sweep.Place(job, tmp_path), ["a", "b"]
