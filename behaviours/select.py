@@ -8,7 +8,8 @@ snapshot whose mean return is nearest D4RL v2's medium, the earliest of those wi
 `replay` are snapshots evenly spaced in training steps from the fresh policy to medium.
 
 Of ant, whose sets are random, medium, full-replay and expert, `expert` is the snapshot with the
-highest mean return, `medium` that whose mean is nearest half of it, and `replay` goes to the end.
+highest mean return, `medium` that whose mean is nearest the middle between it and standing still,
+and `replay` goes to the end.
 """
 
 import csv
@@ -26,6 +27,8 @@ from common.datasets.makers.mujoco import POLICY_DIR, WEIGHTS, Policy, steps
 
 MEDIUM = {"halfcheetah": (4770, 356), "hopper": (1422, 379), "walker2d": (2852, 1095)}
 """Mean and standard deviation of the returns in D4RL v2's medium data."""
+STANDING_STILL = 1001
+"""Return of an ant that does nothing, docs/environments.md."""
 
 
 @dataclass
@@ -137,7 +140,9 @@ def main(args: Args) -> None:
             evaluations.run(step, args.episodes)
     if args.task == "ant":
         expert = choose_expert(evaluations, args.close, args.close_episodes)
-    target = evaluations.mean(expert) / 2 if expert is not None else MEDIUM[args.task][0]
+    target = MEDIUM.get(args.task, (0,))[0]
+    if expert is not None:
+        target = (STANDING_STILL + evaluations.mean(expert)) / 2
     if medium is None:
         medium = choose_medium(evaluations, target, args.close, args.close_episodes)
     elif medium not in available:

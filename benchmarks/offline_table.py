@@ -60,7 +60,7 @@ def main(args: Args) -> None:
             script += CENTRALISED * (run["args"].get("critic") == "centralised")
             script += FINETUNE * bool(run["args"].get("finetune"))
             data = {"mean": run.get("data_return") or np.nan}
-            data = behaviour.get(env, {"mean": np.nan}) if dataset == BUILT_IN else data
+            data = behaviour.get(env, data) if dataset == BUILT_IN else data
             its_return, task = float(data["mean"]), parse_env(env)[0]
             score = data.get("score", normalized_score(task, its_return, is_omar(dataset)))
             rows.append(

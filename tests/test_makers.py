@@ -26,6 +26,9 @@ FIRST_ROWS = {
     ("simple-world", "expert"): (1, 9.80857),
     ("halfcheetah-local", "medium"): (1, 19.2177),
     ("ant", "random"): (1, -16.8308),
+    ("ant", "medium"): (1, -1.18645),
+    ("ant", "full-replay"): (1, 16.8059),
+    ("ant", "expert"): (1, -0.117145),
     ("coordination-game", "neutral"): (1, 604.007),
     ("reacher-leader", "expert-mix"): (1, 8.73628),
 }

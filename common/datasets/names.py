@@ -25,7 +25,8 @@ BUILT_IN_SIZES = {
 } | {task: OF_FAMILY[row.family] for task, row in TASKS.items() if row.family in OF_FAMILY}
 BUILT_IN_SIZES["halfcheetah-local"] = OF_FAMILY["mpe"]
 BUILT_IN_SIZES["5m_vs_6m"] = {"random": 181_018, "medium": 364_953}
-BUILT_IN_SIZES |= {task: {"random": MILLION} for task in ("ant", "ant-local")}
+ANT = dict.fromkeys(("random", "medium", "full-replay", "expert"), MILLION)
+BUILT_IN_SIZES |= {"ant": ANT, "ant-local": ANT}
 BUILT_IN_SIZES |= {
     f"reacher-{seen}": dict.fromkeys(("expert-mix", "expert-clockwise", "expert-counter"), MILLION)
     for seen in ("full", "independent", "leader")
