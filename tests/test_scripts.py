@@ -443,7 +443,7 @@ BAD = {
     "unknown quality": (["--env", "hopper-mediun"], "did you mean medium"),
     "no quality": (["--env", "hopper"], "hopper-medium"),
     "unknown split": (["--env", "hopper-medium", "--split", "2x3"], "1x3, 3x1"),
-    "no data for it": (["--env", "ant-medium"], "ant"),
+    "no data for it": (["--env", "ant-medium-expert"], "ant"),
     "no data for a factory": (["--env", ENV], "FILE.hdf5"),
     "no such file": (["--dataset", "missing.hdf5"], "missing.hdf5"),
     "zero": (["--batch-size", "0"], "--batch-size is 0"),
