@@ -477,11 +477,11 @@ def test_each_kind_of_update_changes_what_it_should_and_reports_the_same_tags():
     assert losses["losses/model_loss"].min() > 0  # kept from the update before
 
 
-@pytest.mark.parametrize("std, first", [(0.1, 0.1), (0.5, 0.5), (0.0, 0.0071), (3.0, 0.9512)])
-def test_the_policys_noise_starts_as_asked_within_its_range(std, first):
+@pytest.mark.parametrize("std", [0.01, 0.1, 0.5, 0.95])
+def test_the_policys_noise_starts_as_asked(std):
     agent = BREMEN(1, OBS_DIM, ACTION_DIM, Args(**SMALL, policy_std=std))
     losses = agent.update(random_batch(1), "fit")
-    assert losses["losses/policy_std"].item() == pytest.approx(first, rel=1e-2)
+    assert losses["losses/policy_std"].item() == pytest.approx(std, rel=1e-2)
 
 
 # --- Whole problems with known answers ---
