@@ -107,9 +107,11 @@ def teams() -> list[dict]:
 def main(args: Args) -> None:
     check_outputs(args.csv, args.teams, figure=args.figure)
     of_teams = teams()
+    if args.teams and not of_teams:
+        raise InputError("no data of agents that each see their own state has been made yet")
     for row in of_teams:
         print("| " + " | ".join(map(str, row.values())) + " |")
-    if args.teams and of_teams:
+    if args.teams:
         write_csv(args.teams, of_teams)
     returns = {}
     for task, sizes in BUILT_IN_SIZES.items():
@@ -123,7 +125,9 @@ def main(args: Args) -> None:
             else:
                 print(f"{path} has not been made yet")
     if not returns:
-        raise InputError("no data of halfcheetah, hopper or walker2d has been made yet")
+        if args.csv or args.figure:
+            raise InputError("no data of halfcheetah, hopper or walker2d has been made yet")
+        return
 
     rows = []
     print("| dataset | source | episodes | mean | std | min | max |")

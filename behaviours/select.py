@@ -140,9 +140,9 @@ def main(args: Args) -> None:
             evaluations.run(step, args.episodes)
     if args.task == "ant":
         expert = choose_expert(evaluations, args.close, args.close_episodes)
-    target = MEDIUM.get(args.task, (0,))[0]
-    if expert is not None:
         target = (STANDING_STILL + evaluations.mean(expert)) / 2
+    else:
+        target = MEDIUM[args.task][0]
     if medium is None:
         medium = choose_medium(evaluations, target, args.close, args.close_episodes)
     elif medium not in available:

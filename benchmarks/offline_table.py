@@ -8,7 +8,8 @@
 and for the sweeps of benchmarks/grids/single_agent.toml and omar.toml: their folders.
 
 The behaviour's return is the mean of the data's whole episodes, of built-in data from the tables in
-docs/results/datasets (a maze's has no episodes), of other data as the run has it.
+docs/results/datasets where they have it, else as the run has it: of a maze the mean of the walks,
+which are no episodes.
 """
 
 import csv

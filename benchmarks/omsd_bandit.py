@@ -1,9 +1,7 @@
 r"""Where OMSD's policies end on the bandit: score x weighting x beta, beside the exact solution.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.omsd_bandit --csv FILE.csv \
-        --fields FIELDS.csv
-    python -m benchmarks.omsd_bandit --draw --csv FILE.csv \
-        --fields FIELDS.csv
+    OMP_NUM_THREADS=1 python -m benchmarks.omsd_bandit --csv FILE.csv --fields FIELDS.csv
+    python -m benchmarks.omsd_bandit --draw --csv FILE.csv --fields FIELDS.csv
 
 Critics and denoisers are trained once per score, all seeds stacked; every weighting and beta then
 moves fresh policies, the same of every seed at the start. The exact solution follows the same

@@ -15,7 +15,7 @@ share of online transitions drawn in the last deployment and the share of the dr
 which the partner did what it does today.
 """
 
-import math
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -251,6 +251,25 @@ STRATEGIES = (
 )
 
 
+def parsed(strategy: str) -> tuple[str, float]:
+    """Its name, and a distance's alpha, a mix's share, or 0.
+
+    Raises:
+        InputError: there is no such strategy.
+    """
+    if strategy in ("offline", "uniform", "online"):
+        return strategy, 0.0
+    name, _, number = strategy.partition("@")
+    if strategy.startswith("mixed"):
+        name, number = "mixed", strategy.removeprefix("mixed")
+    with contextlib.suppress(ValueError):
+        most = {"mixed": 1.0, **dict.fromkeys(DISTANCES, float("inf"))}.get(name, -1.0)
+        if 0 <= float(number) <= most:
+            return name, float(number)
+    hint = nearest(strategy, STRATEGIES)
+    raise InputError(f"unknown strategy {strategy!r}: {hint} (of DISTANCE@ALPHA, mixedSHARE)")
+
+
 def train(strategy: str, args: Args) -> dict[str, np.ndarray]:
     """{measure: (G,)} of a strategy, after the last deployment."""
     generator = torch.Generator().manual_seed(1)
@@ -258,8 +277,8 @@ def train(strategy: str, args: Args) -> dict[str, np.ndarray]:
     data = Data(args, generator)
     uniform = torch.full((NUM_CELLS, NUM_ACTIONS), 1 / NUM_ACTIONS).double()
     q = exact_q(uniform, args.strength).repeat(G, 1, 1)
-    name, _, power = strategy.partition("@")
-    alpha, numbers = torch.full((G,), float(power or 0)), torch.arange(G).unsqueeze(1)
+    name, number = parsed(strategy)
+    alpha, numbers = torch.full((G,), number), torch.arange(G).unsqueeze(1)
     torch.manual_seed(2)  # of the draws by rank
     for k in range(args.deployments):
         data.add(deploy(q, partner, args, generator))
@@ -270,10 +289,10 @@ def train(strategy: str, args: Args) -> dict[str, np.ndarray]:
                 picked = data.draw(
                     args.batch_size, start, data.num_offline if name == "offline" else n
                 )
-            elif name.startswith("mixed"):
+            elif name == "mixed":
                 online = data.draw(args.batch_size, data.num_offline, n)
                 offline = data.draw(args.batch_size, 0, data.num_offline)
-                is_online = torch.rand(online.shape, generator=generator) < float(name[5:])
+                is_online = torch.rand(online.shape, generator=generator) < number
                 picked = torch.where(is_online, online, offline)
             else:
                 index = data.draw(args.candidates, 0, n)
@@ -349,22 +368,8 @@ def draw_figure(rows: list[dict], path: str, least: float, most: float) -> None:
 
 def main(args: Args) -> None:
     chosen = args.strategies or STRATEGIES
-    for name in chosen:
-        distance, _, number = name.partition("@")
-        if name.startswith("mixed"):
-            distance, number = "mixed", name.removeprefix("mixed")
-        try:
-            most = {"mixed": 1}.get(distance, math.inf)
-            known = name in STRATEGIES or (
-                distance in (*DISTANCES, "mixed") and 0 <= float(number) <= most
-            )
-        except ValueError:
-            known = False
-        if not known:
-            raise InputError(
-                f"unknown strategy {name!r}: {nearest(name, STRATEGIES)} (of DISTANCE@ALPHA, "
-                "mixedSHARE)"
-            )
+    for strategy in chosen:
+        parsed(strategy)
     if args.references > args.deployment_steps:
         raise InputError(
             f"--references {args.references}: more than --deployment-steps {args.deployment_steps}"

@@ -211,13 +211,12 @@ def parse(args_type: type, argv: list[str] | None = None, description: str | Non
         args = parse_flags(args_type, argv, default=with_those_of(args, args.offline_checkpoint))
     if args.resume is not None:
         record = checkpoints.read_record(args.resume)
-        stored, script = record["args"], record.get("script")
         try:
-            if script not in (None, Path(inspect.getfile(args_type)).stem):
+            if is_of_another(record, args_type):
                 raise TypeError
-            stored = dataclasses.replace(args_type(**stored), resume=args.resume)
+            stored = dataclasses.replace(args_type(**record["args"]), resume=args.resume)
         except TypeError:  # or of another version's arguments
-            name = script or "another script"
+            name = record.get("script") or "another script"
             raise InputError(f"{args.resume} is a run of {name}, not of this script") from None
         check_types(stored, f"{args.resume}/args.json")
         asked = parse_flags(args_type, argv, default=stored)
@@ -275,10 +274,15 @@ def described(args_type: type) -> dict[str, tuple[str, str]]:
     return {field.name: found[field.name] for field in dataclasses.fields(args_type)}
 
 
+def is_of_another(record: dict, args_type: type) -> bool:
+    """Whether a run's record is of another script than the one whose arguments these are."""
+    return record.get("script") not in (None, Path(inspect.getfile(args_type)).stem)
+
+
 def with_those_of(args, folder: str):
     """The arguments, of which those of data, training and algorithm are an earlier run's."""
     record, taken = checkpoints.read_record(folder), {}
-    if record.get("script") not in (None, Path(inspect.getfile(type(args))).stem):
+    if is_of_another(record, type(args)):
         return args  # which is refused where its checkpoint is read
     its = record["args"]
     for name, (group, _) in described(type(args)).items():

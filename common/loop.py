@@ -310,7 +310,7 @@ def collect(
     """
     S, N = envs.num_envs, envs.num_agents
     obs = envs.reset(seed=seed)
-    check_finite(0, obs, np.zeros(0), obs)
+    check_finite(0, obs)
     data = {
         "obs": np.empty((S, steps, N, envs.obs_dim), np.float32),
         "actions": np.empty((S, steps, N, envs.action_dim), np.float32),
@@ -340,7 +340,7 @@ def episode_returns(
 ) -> list[list[float]]:
     """Returns of the first episode in every environment, per seed."""
     obs = envs.reset(seed=seed)
-    check_finite(0, obs, np.zeros(0), obs)
+    check_finite(0, obs)
     returns, running = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
     policy, begins = team_policy(agent, obs, num_seeds, device, graph), None
     for t in itertools.count():
@@ -361,11 +361,12 @@ def finite_actions(actions: np.ndarray) -> np.ndarray:
     return actions
 
 
-def check_finite(step: int, obs: np.ndarray, rewards: np.ndarray, next_start: np.ndarray) -> None:
-    """Raises InputError where the environment gave a number that is none."""
+def check_finite(step: int, obs: np.ndarray, rewards=None, next_start=None) -> None:
+    """Raises InputError where the environment gave a number that is none; a reset gives obs
+    alone."""
     named = (("observation", obs), ("reward", rewards), ("observation", next_start))
     for name, values in named:
-        if not np.isfinite(values).all():
+        if values is not None and not np.isfinite(values).all():
             where = np.argwhere(~np.isfinite(values))[0].tolist()
             agent = f", agent {where[1]}" if len(where) > 1 else ""
             raise InputError(

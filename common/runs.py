@@ -227,10 +227,12 @@ class Run:
 
     def refuse_divergence(self, losses: dict[str, torch.Tensor], step: int) -> None:
         """Raises InputError where a loss (G,) is not finite: before it is in a checkpoint."""
-        stacked = torch.stack([value.float() for value in losses.values()])
-        for tag, values in zip(losses, stacked.tolist(), strict=True):
-            if tag.startswith("losses/") and not np.isfinite(values).all():
-                seed, agent = divmod(int(np.argmin(np.isfinite(values))), self.num_agents)
+        for tag, values in losses.items():
+            if not tag.startswith("losses/"):
+                continue
+            is_finite = values.isfinite().tolist()
+            if not all(is_finite):
+                seed, agent = divmod(is_finite.index(False), self.num_agents)
                 raise InputError(
                     f"{tag} of seed {self.seeds[seed]}, agent {agent} is not finite after "
                     f"{step:,} updates: the training diverged (learning rate, scale of the data?)"
