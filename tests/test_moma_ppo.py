@@ -1,11 +1,13 @@
 """MOMA-PPO, against brute force, closed forms and worlds that are known."""
 
+import csv
 import math
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import model_error
 from common import cli, loop
 from common.datasets import load
 from common.datasets.team import TeamDataset
@@ -13,7 +15,7 @@ from common.nets import joint
 from common.replay import Replay
 from common.world_model import first_copies
 from moma_ppo import MOMAPPO, Args, advantages_and_returns, covariance_norm, push
-from tests.helpers import Watch, plain_mlp, random_team, tiny
+from tests.helpers import Watch, plain_mlp, random_team, run, tiny
 from tests.test_learners import addresses
 from tests.tiny_task import ENV
 
@@ -622,3 +624,69 @@ def test_bad_input_is_said_in_a_line(fails, data, name):
 
 def test_help_names_what_is_published():
     assert "published 1024" in cli.described(Args)["model_hidden_size"][1]
+
+
+# --- Its model's error, as benchmarks.model_error measures it ---
+
+
+def walk(n, length, seed=0):
+    """A team of two that see the same two numbers; the second counts an episode's steps, the first
+    is the sum of all actions in it. The reward is what the first becomes."""
+    actions = np.random.default_rng(seed).uniform(-1, 1, (n, 2, 1)).astype(np.float32)
+    obs = np.zeros((n, 1, 2), np.float32)
+    next_obs = np.zeros_like(obs)
+    for t in range(n):
+        obs[t, 0] = next_obs[t - 1, 0] if t % length else 0
+        next_obs[t, 0] = obs[t, 0] + [actions[t].sum(), 1]
+    ends = np.arange(n) % length == length - 1
+    rewards, never = next_obs[:, 0, 0].copy(), np.zeros(n, bool)
+    return TeamDataset(obs, actions, rewards, next_obs, never, ends, "walks")
+
+
+def test_the_models_error_is_measured_along_a_sequence_of_its_own_states():
+    team = walk(n=35, length=7)
+    elapsed = Replay(team, 1, 0, 1).elapsed
+    first = model_error.sequences(elapsed, 5, True, 100)
+    later = model_error.sequences(elapsed, 5, False, 100)
+    assert first.tolist() == [0, 7, 14, 21, 28]
+    assert later.tolist() == [s + k for s in (0, 7, 14, 21, 28) for k in (1, 2)]
+    assert model_error.sequences(elapsed, 5, False, 3).tolist() == [1, 15, 30]
+    assert not len(model_error.sequences(elapsed, 8, True, 100))
+
+    agent = made(4, obs_dim=2, action_dim=1)
+    agent.measure_scales(Replay(team, 2, 0, 1))
+
+    def wrong(state, actions):  # of seed 0 right, of seed 1 the sum drifts and rewards are promised
+        off = torch.tensor([0.0, 0.25]).view(2, 1)
+        total = state[..., 0] + actions.sum(2) + off
+        next_state = torch.stack([total, state[..., 1] + 1], dim=2).repeat(1, 1, 2)
+        penalty = torch.full_like(total, 0.5)
+        return next_state, total + off - penalty, None, penalty, penalty
+
+    agent.imagined_step = wrong
+    found = model_error.errors(agent, team, later, 5)
+    std = agent.model.std[
+        0
+    ].item()  # the second number's copies and the other agent's are no entries
+    for h, row in enumerate(found, start=1):
+        assert row["step"] == h
+        error = h * 0.25 / std / math.sqrt(2)  # two entries are predicted
+        torch.testing.assert_close(row["state_error"], torch.tensor([0, error]), atol=1e-5, rtol=0)
+        bias = torch.tensor([0, (h + 1) * 0.25])
+        torch.testing.assert_close(row["reward_bias"], bias, atol=1e-5, rtol=0)
+        rewards = torch.as_tensor(team.rewards)[later + h - 1].mean()
+        torch.testing.assert_close(row["reward"], rewards.expand(2))
+
+
+def test_the_models_error_of_a_run(monkeypatch, tmp_path, data, capsys):
+    argv = "--env", ENV, "--dataset", data, *tiny("moma_ppo"), "--num-seeds", "2"
+    run(monkeypatch, "moma_ppo", *argv, "--run-dir", str(tmp_path / "runs"))
+    folder, path = sorted((tmp_path / "runs").iterdir())[0], tmp_path / "error.csv"
+    args = model_error.Args((str(folder),), str(path), horizon=3, episodes=2, sequences=20)
+    model_error.main(args)
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    kinds = {(row["seed"], row["actions"], row["begins"], row["step"]) for row in rows}
+    assert len(kinds) == len(rows) == 2 * 2 * 2 * 3
+    assert all(math.isfinite(float(row["state_error"])) for row in rows)
+    assert "policy later    step   3" in capsys.readouterr().out
