@@ -111,7 +111,7 @@ class Args(OnlineArgs):
     target_temperature: Positive = 1000.0
     """of the value of the following action in the critics' weights, likewise"""
 
-    SAME_POLICY: ClassVar = (*OnlineArgs.SAME_POLICY, "reward_scale")
+    SAME_POLICY: ClassVar = (*OnlineArgs.SAME_POLICY, "reward_scale", "policy_std")
 
 
 # --- Networks ---

@@ -17,6 +17,7 @@ what is chosen is in docs/maiql.md.
 What it scores and how long it takes: docs/maiql.md.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -107,6 +108,11 @@ class Args(OfflineArgs):
             )
         if self.finetune and self.num_models < 2:
             raise InputError("--num-models 1: expected at least 2, whose disagreement is punished")
+        if self.finetune and self.imagined_size < self.rollout_length:
+            raise InputError(
+                f"--imagined-size {self.imagined_size}: expected room for --rollout-length "
+                f"{self.rollout_length}"
+            )
 
 
 # --- Networks ---
@@ -325,7 +331,8 @@ class MAIQL(Learner):
 def main(args: Args) -> None:
     run = Training(args, __file__, discrete=None)
     replay = run.replay
-    args.rollout_length = min(args.rollout_length, run.envs.max_episode_steps)
+    longest = min(args.rollout_length, run.envs.max_episode_steps)
+    args = dataclasses.replace(args, rollout_length=longest)
     with run.device:
         agent = MAIQL(*run.sizes, args, run.discrete)
     agent.measure_scales(replay)

@@ -16,6 +16,7 @@ uncertainty does happen; the whole list is in docs/moma_ppo.md.
 What it scores and how long it takes: docs/moma_ppo.md.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -135,11 +136,18 @@ class Args(OfflineArgs):
                 f"--num-elites {self.num_elites}: expected at least 2 and at most --num-models "
                 f"{self.num_models}"
             )
+        if self.transitions < 2:
+            raise InputError(f"--transitions {self.transitions}: expected at least 2")
         if self.minibatch_size > self.transitions or self.rollout_length > self.transitions:
             raise InputError(
                 f"--transitions {self.transitions}: expected at least --minibatch-size "
                 f"{self.minibatch_size} and --rollout-length {self.rollout_length}"
             )
+
+    def within(self, longest: int) -> "Args":
+        """With histories and rollouts that fit into episodes of `longest` steps."""
+        history, length = min(self.history, longest - 1), min(self.rollout_length, longest)
+        return dataclasses.replace(self, history=history, rollout_length=length)
 
 
 # --- Networks ---
@@ -494,9 +502,7 @@ def advantages_and_returns(
 
 def main(args: Args) -> None:
     run = Training(args, __file__, discrete=None)
-    replay, longest = run.replay, run.envs.max_episode_steps
-    args.history = min(args.history, longest - 1)  # nothing is behind or ahead of an episode
-    args.rollout_length = min(args.rollout_length, longest)
+    replay, args = run.replay, args.within(run.envs.max_episode_steps)
     branches = args.transitions // args.rollout_length
     with run.device:
         agent = MOMAPPO(*run.sizes, args, run.discrete)

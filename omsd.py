@@ -56,7 +56,8 @@ class Args(OfflineArgs):
     score: Literal["decomposed", "independent", "joint", "none"] = "decomposed"
     """whose score holds an agent's actions to the data: its own given the agents before it, its own
     whatever the others do, or its part of all agents' joint score; none: IQL's own policies, clones
-    weighted by the team's advantage"""
+    weighted by the team's advantage, for which what follows but --expectile and --temperature
+    means nothing"""
     beta: float | None = None
     """weight of the gradient of Q against the score, as published; default: that of this --env"""
     expectile: Share | None = None
@@ -75,12 +76,14 @@ class Args(OfflineArgs):
     """subtract the noise that was added from the predicted one: of the same mean for the policies,
     and far less noisy at the high noise levels that vds weights most. Published: off"""
     condition: Literal["local", "joint"] = "local"
-    """what a denoiser sees besides actions: its agent's observation, or those of all agents"""
+    """what an agent's denoiser sees besides actions: its observation, or those of all agents, as
+    the one of --score joint always does"""
     prefix: Literal["before", "after"] = "before"
     """the agents before act by their policies as they are before an update, all of which are then
-    made at once, or after their own, one agent after another"""
+    made at once, or after their own, one agent after another; of --score decomposed and joint"""
     order: str = "index"
-    """of the agents in the decomposition: index, random (one per seed), or such as 2,0,1"""
+    """of the agents in the decomposition, and in which --prefix after moves them: index, random
+    (one per seed), or such as 2,0,1"""
     normalize_q: bool = False
     """divide each agent's gradient of Q by its root mean square over the batch, so that one beta
     serves values of any size"""
@@ -437,12 +440,9 @@ def order_of(args: Args, num_agents: int, seed_index: int) -> torch.Tensor:
 
 
 def end_at_timeouts(replay: Replay) -> None:
-    """Make every offline row terminal that no other goes on from: where a time limit, or the end of
-    the data, cuts an episode off."""
-    n = replay.num_offline
-    goes_on = (replay.next_obs[:, : n - 1] == replay.obs[:, 1:n]).all(2).all(0)
-    replay.terminations[0, : n - 1].masked_fill_(~goes_on, 1)
-    replay.terminations[0, n - 1] = 1
+    """Make every offline row terminal from which the next one does not go on: where a time limit,
+    or the end of the data, cuts an episode off."""
+    replay.terminations[0, : replay.num_offline].masked_fill_(~replay.goes_on(), 1)
 
 
 # --- Main ---

@@ -18,7 +18,7 @@ What it scores and how long it takes: docs/otc_awac.md.
 
 import math
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn as nn
@@ -105,6 +105,8 @@ class Args(OnlineArgs):
     """ceiling of these weights"""
     num_value_actions: int = 1
     """sampled actions per state in V(s), for the value distance"""
+
+    SAME_POLICY: ClassVar = (*OnlineArgs.SAME_POLICY, "policy_std")
 
 
 # --- Networks ---

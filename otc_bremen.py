@@ -113,7 +113,7 @@ class Args(OnlineArgs):
     value_updates: int = 40
     """minibatch steps of the value network per improvement"""
 
-    SAME_POLICY: ClassVar = (*OnlineArgs.SAME_POLICY, "num_models")
+    SAME_POLICY: ClassVar = (*OnlineArgs.SAME_POLICY, "num_models", "policy_std")
 
     def check(self) -> None:
         """Refuse a phase in which the policy would never improve."""

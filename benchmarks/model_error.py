@@ -93,7 +93,7 @@ def measure(args: Args, folder: str) -> list[dict]:
     envs = make_vec(task, S, run.seed, run.split)
     data = datasets.load(run.env, run.dataset, run.dataset_size, run.split)
     limit = envs.max_episode_steps
-    run.history, length = min(run.history, limit - 1), min(args.horizon, limit)
+    run, length = run.within(limit), min(args.horizon, limit)
     sizes = S * envs.num_agents, envs.obs_dim, envs.action_dim
     agent = moma_ppo.MOMAPPO(*sizes, run, envs.discrete)
     agent.load_state_dict(checkpoint["agent"])
@@ -102,7 +102,7 @@ def measure(args: Args, folder: str) -> list[dict]:
     kinds = [("data", data, range(S))]
     for s in range(S):
         its = {name: x[s] for name, x in new.items() if name != "explorer"}
-        team = TeamDataset(**its, truncations=its["terminations"], source="the policy's episodes")
+        team = TeamDataset(**its, source="the policy's episodes")
         kinds.append(("policy", team, [s]))
     rows = []
     for actions, team, seeds in kinds:

@@ -9,7 +9,7 @@ import torch
 
 from common import InputError, flag
 
-FORMAT = 4  # of checkpoints; 1 and before had none
+FORMAT = 5  # of checkpoints; 1 and before had none
 
 
 def write_beside(path: Path, content: bytes) -> None:
@@ -76,7 +76,8 @@ def read_checkpoint(folder: str, name: str, script: str) -> dict:
             `script`.
     """
     path = seeds_folders(folder)[0] / name
-    if not path.exists():
+    stamp = stamp_of(path)
+    if stamp is None:
         raise InputError(f"{path} does not exist: the run was stopped before it was first written")
     try:
         with zipfile.ZipFile(path) as parts:  # torch checks no checksums
@@ -94,7 +95,16 @@ def read_checkpoint(folder: str, name: str, script: str) -> dict:
     if checkpoint.get("format") != FORMAT:
         code = read_record(folder).get("code", "eca3235")
         raise InputError(f"{path} is of another version; continue it with commit {code}")
-    return checkpoint
+    return checkpoint | {"stamp": stamp}
+
+
+def stamp_of(path: Path) -> tuple[int, int] | None:
+    """Of a file as it was last written; None: there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def read_resumed(args, script: str) -> dict:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal, get_args, get_type_hints
+from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import torch
 import tyro
@@ -147,10 +147,20 @@ class OnlineArgs(OfflineArgs):
                 f"--no-replacement draws --batch-size {self.batch_size} different transitions out "
                 f"of --candidates {self.candidates}: it needs at least as many candidates"
             )
+        if self.alpha_max is not None and not (
+            self.adaptive_alpha and self.alpha_max >= self.alpha
+        ):
+            raise InputError(
+                f"--alpha-max {self.alpha_max} caps an adaptive alpha: it goes without "
+                f"--no-adaptive-alpha, and is at least --alpha {self.alpha}"
+            )
         if self.exclude_self_matches and self.references < 2:
             raise InputError(
                 f"--exclude-self-matches needs --references 2 or more, not {self.references}"
             )
+
+
+NO_MEMORY = ("alloc", "out of memory", "overflow")  # in the RuntimeErrors of torch and CUDA
 
 
 def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None:
@@ -168,7 +178,7 @@ def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None
         sys.exit(130)
     except Exception as error:
         text = str(error)
-        if isinstance(error, RuntimeError) and ("alloc" in text or "overflow" in text):  # torch's
+        if isinstance(error, RuntimeError) and any(word in text.lower() for word in NO_MEMORY):
             error = MemoryError(text.splitlines()[0])
         if not isinstance(error, InputError | OSError | MemoryError):
             raise
@@ -211,13 +221,11 @@ def parse(args_type: type, argv: list[str] | None = None, description: str | Non
         args = parse_flags(args_type, argv, default=with_those_of(args, args.offline_checkpoint))
     if args.resume is not None:
         record = checkpoints.read_record(args.resume)
-        try:
-            if is_of_another(record, args_type):
-                raise TypeError
-            stored = dataclasses.replace(args_type(**record["args"]), resume=args.resume)
-        except TypeError:  # or of another version's arguments
+        if is_of_another(record, args_type):
             name = record.get("script") or "another script"
-            raise InputError(f"{args.resume} is a run of {name}, not of this script") from None
+            raise InputError(f"{args.resume} is a run of {name}, not of this script")
+        its = checkpoints.args_of(args.resume, args_type)
+        stored = dataclasses.replace(its, resume=args.resume)
         check_types(stored, f"{args.resume}/args.json")
         asked = parse_flags(args_type, argv, default=stored)
         for field in dataclasses.fields(args_type):
@@ -303,7 +311,8 @@ def check_types(args, where: str) -> None:
     hints = get_type_hints(type(args))
     for field in dataclasses.fields(args):
         value, hint = getattr(args, field.name), hints[field.name]
-        choices = get_args(hint) or (hint,)  # of a union, of a Literal, or the type itself
+        parts = get_args(hint) or (hint,)  # of a union, of a Literal, or the type itself
+        choices = [x for y in parts for x in (get_args(y) if get_origin(y) is Literal else (y,))]
         is_valid = any(
             type(value) is x or value == x or (x is float and type(value) is int)
             for x in choices

@@ -41,13 +41,18 @@ def multiply_by_onednn() -> None:
     unused there: those of a million multiplications take half the time, very small ones longer.
 
     torch asks oneDNN for float32 only where it may round to bfloat16, so it may; and oneDNN is kept
-    to instructions that cannot. Nothing is rounded.
+    to instructions that cannot. Where it rounds all the same, since it was at work before, all is
+    as it was.
     """
     cpu = Path("/proc/cpuinfo")
     is_amd = cpu.exists() and "AuthenticAMD" in cpu.read_text()
     if is_amd and torch.backends.cpu.get_cpu_capability() == "AVX512":
-        os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE"  # read at oneDNN's first product
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE")  # read at its first primitive
+        matmul = torch.backends.mkldnn.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "bf16"
+        x = torch.full((64, 64), 1 + 2**-12)  # bfloat16 takes it for 1
+        if not torch.equal(x @ torch.eye(64), x):
+            matmul.fp32_precision = before
 
 
 def get_rng_state(device: torch.device) -> dict[str, torch.Tensor]:

@@ -55,6 +55,8 @@ class Training:
         self.sizes = S * self.envs.num_agents, self.envs.obs_dim, self.envs.action_dim
         torch.manual_seed(args.seed)
         self.replay = Replay(dataset, S, args.deployments, self.num_steps, self.device)
+        if len(self.replay.obs) < self.envs.num_agents:  # before anything is trained on it
+            self.replay.check_views(self.envs.reset(args.seed))
         self.phase, self.done = 0, 0  # deployment k, 0 for the offline phase; its updates so far
         self.evaluated = 0  # offline updates at the latest evaluation
         self.graph, self.captured = args.cuda_graph and self.device.type == "cuda", None
@@ -172,7 +174,7 @@ class Training:
             return
         before = get_rng_state(self.device)
 
-        def save() -> None:
+        def save() -> None:  # amid the evaluation
             set_rng_state(before, self.device)
             self.save()
 
@@ -184,7 +186,8 @@ class Training:
     def evaluate(self, k: int) -> list[list[float]]:
         """Returns of --eval-episodes episodes per seed, whose starts depend on k alone."""
         envs, S, seed = self.eval_envs, self.args.num_seeds, (self.args.seed, k)
-        return episode_returns(envs, self.agent, S, seed, self.device, self.graph)
+        with kept_rng_state(self.device):  # how often it is evaluated changes no run
+            return episode_returns(envs, self.agent, S, seed, self.device, self.graph)
 
     # Deployments
 
@@ -197,8 +200,9 @@ class Training:
         return k > self.phase
 
     def deploy(self, k: int) -> dict[str, np.ndarray]:
-        """Run pi^{k-1} for M steps: D^k, for `Replay.add`. Records its return, by episodes of their
-        own: of those within M steps, whose number depends on their lengths, the mean is biased."""
+        """Run pi^{k-1} for M steps: D^k, for `Replay.add`. Records its return, by whole episodes of
+        an evaluation: of those within M steps, whose number depends on their lengths, the mean is
+        biased."""
         args, S = self.args, self.args.num_seeds
         with self.run.closed_on_error():
             with self.resumable():
@@ -206,6 +210,7 @@ class Training:
                 start, seed = time.perf_counter(), (args.seed, k)
                 how = seed, self.device, args.exploration, self.graph
                 data, ended = collect(self.envs, self.agent, self.num_steps, *how)
+                self.replay.check_views(data["obs"])
                 self.steps_per_second = S * self.num_steps / (time.perf_counter() - start)
                 returns = self.evaluate(k)
             exploring = None
@@ -317,6 +322,7 @@ def collect(
         "rewards": np.empty((S, steps), np.float32),
         "next_obs": np.empty((S, steps, N, envs.obs_dim), np.float32),
         "terminations": np.empty((S, steps), bool),
+        "truncations": np.empty((S, steps), bool),
         "explorer": np.empty((S, steps), np.int8),
     }
     ended = np.zeros(S, int)
@@ -325,7 +331,8 @@ def collect(
         explorer = t * N // steps if exploration == "sequential" else -1
         actions = finite_actions(policy(obs, explorer, begins))
         next_obs, rewards, terminations, truncations, final_obs = envs.step(envs.to_box(actions))
-        step_data = (obs, actions, rewards, final_obs, terminations, explorer)
+        ends = terminations, truncations
+        step_data = (obs, actions, rewards, final_obs, *ends, explorer)
         for array, value in zip(data.values(), step_data, strict=True):
             array[:, t] = value
         check_finite(t, final_obs, rewards, next_obs)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
+from common import InputError
 from common.datasets import TeamDataset
 
 COLUMNS = ("obs", "actions", "rewards", "next_obs", "terminations")
@@ -67,6 +68,7 @@ class Replay:
         self.actions = room([a["actions"] for a in agents], action_dim)
         self.rewards = room([dataset.rewards])
         self.terminations = room([dataset.terminations])
+        self.truncations = room([dataset.truncations])
         # The row that each row stands for (N, num_rows), where agents die
         self.stand_ins = None
         if dataset.discrete:
@@ -90,12 +92,16 @@ class Replay:
         # Sizes are tensors, so that a captured graph sees them grow.
         self.num_online = torch.zeros((), dtype=torch.long, device=self.device)
 
-    def add(self, obs, actions, rewards, next_obs, terminations, explorer=None) -> None:
+    def add(
+        self, obs, actions, rewards, next_obs, terminations, truncations=None, explorer=None
+    ) -> None:
         """Merge one deployment: B^k = B^{k-1} with D^k (Algorithm 1, line 5).
 
         Shapes: obs, next_obs (S, M, N, obs_dim), actions (S, M, N, action_dim), rewards,
-        terminations, explorer (S, M): the agent that explored, -1 (the default) where none did.
-        Raises ValueError for other shapes, and for more deployments than there is room for.
+        terminations, truncations (default: none), explorer (S, M): the agent that explored, -1 (the
+        default) where none did. Where the offline data holds one observation for all agents, the
+        first one's are taken. Raises ValueError for other shapes, and for more deployments than
+        there is room for.
         """
         start = int(self.num_online)
         if start + self.deployment_steps > self.capacity:
@@ -104,6 +110,7 @@ class Replay:
             )
         each = (self.num_seeds, self.deployment_steps)
         explorer = np.full(each, -1) if explorer is None else explorer
+        truncations = np.zeros(each, bool) if truncations is None else truncations
         team = (*each, self.num_agents)
         for name, array, shape in (
             ("obs", obs, (*team, self.obs.shape[2])),
@@ -111,6 +118,7 @@ class Replay:
             ("rewards", rewards, each),
             ("next_obs", next_obs, (*team, self.obs.shape[2])),
             ("terminations", terminations, each),
+            ("truncations", truncations, each),
             ("explorer", explorer, each),
         ):
             if array.shape != shape:
@@ -125,9 +133,19 @@ class Replay:
                 self.actions[agent, rows] = torch.as_tensor(actions[s, :, agent]).to(self.device)
             self.rewards[0, rows] = torch.as_tensor(rewards[s]).to(self.device)
             self.terminations[0, rows] = torch.as_tensor(terminations[s]).to(self.device).float()
+            self.truncations[0, rows] = torch.as_tensor(truncations[s]).to(self.device).float()
             self.replace_dead(rows.start, rows.stop)
         self.explorer[:, start : start + self.deployment_steps] = torch.as_tensor(explorer)
         self.num_online += self.deployment_steps
+
+    def check_views(self, obs) -> None:
+        """Raises InputError where the offline data holds one observation for all agents and these
+        (..., N, obs_dim) differ."""
+        if len(self.obs) == 1 and not (obs == obs[..., :1, :]).all():
+            raise InputError(
+                "the data has one observation for all agents, and the task's agents see different "
+                f"ones: expected {self.num_agents} in a row of the data, side by side"
+            )
 
     def replace_dead(self, start: int, stop: int) -> None:
         """Let the rows start ... stop-1 in which an agent is dead stand for those in which it is
@@ -190,8 +208,8 @@ class Replay:
         return self.num_offline + self.num_online - self.deployment_steps
 
     def obs_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of each agent's offline observations, (G, 1, obs_dim)
-        each."""
+        """Mean and standard deviation of each agent's offline observations, (G, 1, obs_dim) each;
+        of the rows in which it is dead as well, whose zeros so are not far out of scale."""
         return self._statistics(self.obs[:, : self.num_offline])
 
     def change_statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -256,15 +274,20 @@ class Replay:
         batch["is_there"] = (self.elapsed[index] >= back).float()
         return batch
 
+    def goes_on(self) -> torch.Tensor:
+        """Whether the next row goes on from each offline one, (num_offline,) bool: the episode does
+        not end in between, and it begins in the very state in which that one ended."""
+        n = self.num_offline
+        goes_on = (self.terminations[0, :n] == 0) & (self.truncations[0, :n] == 0)
+        goes_on[:-1] &= (self.next_obs[:, : n - 1] == self.obs[:, 1:n]).all(2).all(0)
+        goes_on[-1] = False
+        return goes_on
+
     @functools.cached_property
     def elapsed(self) -> torch.Tensor:
-        """Rows of the same episode before each offline transition, (num_offline,): a row goes on
-        where the one before ended in its very state and was no termination."""
-        n = self.num_offline
-        goes_on = (self.next_obs[:, : n - 1] == self.obs[:, 1:n]).all(2).all(0)
-        goes_on &= self.terminations[0, : n - 1] == 0
-        rows = torch.arange(n, device=self.device)
-        starts = torch.where(goes_on, 0, rows[1:])
+        """Rows of the same episode before each offline transition, (num_offline,)."""
+        rows = torch.arange(self.num_offline, device=self.device)
+        starts = torch.where(self.goes_on()[:-1], 0, rows[1:])
         return rows - torch.cat([rows[:1], starts]).cummax(0).values
 
     def in_parts(
@@ -312,10 +335,11 @@ class Replay:
         """
         last = self.num_offline + self.num_online - 1
         after = self.gather(torch.minimum(index + 1, last), ("obs", "actions"))
-        batch = self.gather(index)
+        batch = self.gather(index, (*COLUMNS, "truncations"))
         goes_on = (batch["next_obs"] == after["obs"]).all(2) & (index < last)
+        ended = torch.maximum(batch["terminations"], batch.pop("truncations"))
         batch["next_actions"] = after["actions"]
-        batch["is_followed"] = goes_on.float() * (1 - batch["terminations"])
+        batch["is_followed"] = goes_on.float() * (1 - ended)
         return batch
 
     def _take(self, row, viewer_row, agent_row, columns=COLUMNS) -> dict[str, torch.Tensor]:
@@ -336,7 +360,8 @@ class Replay:
         """The online data collected so far; the offline data is loaded anew."""
         size = int(self.num_online)
         state = {
-            name: self._online_rows(getattr(self, name))[:, :, :size].clone() for name in COLUMNS
+            name: self._online_rows(getattr(self, name))[:, :, :size].clone()
+            for name in (*COLUMNS, "truncations")
         }
         explorer = self.explorer[:, :size].clone()
         return {**state, "explorer": explorer, "num_online": self.num_online.clone()}
@@ -344,7 +369,7 @@ class Replay:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Put back what `state_dict` returned. Raises ValueError for other shapes."""
         size = int(state["num_online"])
-        for name in COLUMNS:
+        for name in (*COLUMNS, "truncations"):
             shape = self._online_rows(getattr(self, name))[:, :, :size].shape
             if state[name].shape != shape:
                 raise ValueError(f"{name} of shape {tuple(state[name].shape)}, not {tuple(shape)}")

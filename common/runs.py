@@ -22,7 +22,7 @@ from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
 from common import InputError, code_version, release
-from common.checkpoints import FORMAT, read_record, seeds_folders, write_beside
+from common.checkpoints import FORMAT, read_record, seeds_folders, stamp_of, write_beside
 from common.datasets import is_omar, parse_env
 from common.envs.tasks import normalized_score, win_rate
 from common.strategies import strategy_name
@@ -57,7 +57,8 @@ class Run:
         references: an own task's returns of score 0 and 100.
 
     Raises:
-        InputError: the folder cannot be made.
+        InputError: the folder cannot be made, a resumed run's is missing, or another process writes
+            it or went on with it since the checkpoint was read.
     """
 
     unfinished: "Run | None" = None
@@ -89,6 +90,13 @@ class Run:
         else:
             self.folders = self._make_folders(data_return)
         self._lock()
+        path = self.folders[0] / "checkpoint.pt"
+        if checkpoint is not None and stamp_of(path) != checkpoint["stamp"]:
+            release(self.lock)  # that was another's while the data was loaded here
+            raise InputError(
+                f"another process went on with {self.folders[0]} meanwhile: the same command goes "
+                "on from there"
+            )
         Run.unfinished = self
         if args.track:
             self._track()

@@ -3,12 +3,14 @@
 import dataclasses
 import importlib
 import inspect
+import json
 import re
 import sys
+import typing
 
 import pytest
 
-from common import cli
+from common import InputError, cli
 from tests.helpers import WITH_OTC, every_script
 
 
@@ -44,3 +46,56 @@ def test_every_argument_is_explained_where_it_stands(script):
         return
     exploration = cli.described(args_type)["exploration"]
     assert exploration[0] == "deployment" and exploration[1].startswith("deployed agents")
+
+
+@every_script
+def test_every_choice_of_a_resumed_run_is_one(script):
+    """Also of `Literal[...] | None`."""
+    Args = importlib.import_module(script).Args
+    for name, hint in typing.get_type_hints(Args).items():
+        for part in (hint, *typing.get_args(hint)):
+            if typing.get_origin(part) is typing.Literal:
+                for choice in typing.get_args(part):
+                    cli.check_types(dataclasses.replace(Args(), **{name: choice}), "args.json")
+                with pytest.raises(InputError, match=f"{name} is 'none of these', which it cannot"):
+                    args = dataclasses.replace(Args(), **{name: "none of these"})
+                    cli.check_types(args, "args.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: out of memory\nCUDA kernel errors might be reported later",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "[enforce fail at alloc_cpu.cpp:118] err == 0",
+    ],
+)
+def test_a_lack_of_memory_is_said_in_a_line(text, capsys, monkeypatch):
+    def main(args):
+        raise RuntimeError(text)
+
+    monkeypatch.setattr(main, "__module__", __name__)
+    with pytest.raises(SystemExit) as exit:
+        cli.cli(main, int, lambda *_, **__: 0)
+    assert exit.value.code == 2
+    assert capsys.readouterr().err == f"error: MemoryError: {text.splitlines()[0]}\n"
+    text = "mat1 and mat2 shapes cannot be multiplied"  # a fault of ours keeps its traceback
+    with pytest.raises(RuntimeError, match="mat1"):
+        cli.cli(main, int, lambda *_, **__: 0)
+
+
+def test_another_versions_run_is_called_so(tmp_path):
+    Args = importlib.import_module("otc_bcq").Args
+    record = {"args": {"seed": 1, "of_old": 3}, "script": "otc_bcq"}
+    (tmp_path / "args.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="is a run of another version of its script"):
+        cli.parse(Args, ["--resume", str(tmp_path)])
+    (tmp_path / "args.json").write_text(json.dumps(record | {"script": "otc_awac"}))
+    with pytest.raises(InputError, match="is a run of otc_awac, not of this script"):
+        cli.parse(Args, ["--resume", str(tmp_path)])
+
+
+@pytest.mark.parametrize("flags", ["--alpha-max 0.5", "--alpha-max 2 --no-adaptive-alpha"])
+def test_a_cap_that_caps_nothing_is_refused(flags):
+    with pytest.raises(InputError, match="--alpha-max .* caps an adaptive alpha"):
+        cli.parse(importlib.import_module("otc_bcq").Args, flags.split())

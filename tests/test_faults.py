@@ -19,6 +19,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from gymnasium.spaces import Box
 
 import otc_td3bc
 from common import InputError, checkpoints, datasets, loop, runs
@@ -26,7 +27,7 @@ from common.datasets import readers
 from common.envs import make_vec, workers
 from common.envs.parallel import ParallelTeam
 from tests.helpers import assert_same, is_running, only, run, scalars, state_of, tiny
-from tests.tiny_task import ENV, Point
+from tests.tiny_task import ENV, Point, Steps
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,8 +153,6 @@ class Locked(Point):
     """The second joint's bounds are equal."""
 
     def action_space(self, agent):
-        from gymnasium.spaces import Box
-
         return Box(np.array([-2, 0.3], np.float32), np.array([2, 0.3], np.float32))
 
 
@@ -171,6 +170,51 @@ def test_a_joint_that_cannot_move_is_nobodys(tmp_path):
     np.testing.assert_allclose(team.actions[:, :, 0], actions[:, :, 0] / 2, atol=1e-6)
     assert (team.actions[:, :, 1] == 0).all() and team.own_actions.tolist() == [[True, False]] * 2
     np.testing.assert_allclose(vec.to_box(team.actions), actions, atol=1e-6)
+
+
+class Scenery(Point):
+    """Agent y can move nothing."""
+
+    def action_space(self, agent):
+        return super().action_space(agent) if agent == "x" else Box(0.3, 0.3, (1,), np.float32)
+
+
+def test_an_agent_that_can_move_nothing_is_refused(fails, data):
+    words = "agent 1 can move nothing, its box of actions is a point"
+    with h5py.File(data, "a") as file:
+        file["actions"][:, 1] = 0.3
+    fails(words, "bc", "--env", f"{__name__}:Scenery", "--dataset", data, *tiny("bc"))
+
+
+class OwnViews(Point):
+    """Each agent sees its own coordinate twice."""
+
+    def _each(self, value):
+        its = super()._each(value)
+        if isinstance(value, np.ndarray):
+            its = {a: np.repeat(value[i], 2) for i, a in enumerate(self.agents)}
+        return its
+
+
+class LateViews(OwnViews):
+    """At first they see the same."""
+
+    def reset(self, seed=None, options=None):
+        obs, infos = super().reset(seed, options)
+        return {agent: 0 * seen for agent, seen in obs.items()}, infos
+
+
+ONE_VIEW = "the data has one observation for all agents, and the task's agents see different ones"
+
+
+@pytest.mark.parametrize("script", ["bc", "otc_td3bc"])
+def test_data_of_one_view_is_refused_where_agents_see_different_ones(fails, data, script):
+    fails(ONE_VIEW, script, "--env", f"{__name__}:OwnViews", "--dataset", data, *tiny(script))
+
+
+def test_they_may_do_so_only_later(argv, monkeypatch, capsys):
+    argv[1] = f"{__name__}:LateViews"
+    assert ONE_VIEW in refused(capsys, run, monkeypatch, "otc_td3bc", *argv)
 
 
 def copy_of(data, path):
@@ -355,6 +399,24 @@ def test_two_processes_do_not_write_one_run(stopped, monkeypatch, capsys):
     run(monkeypatch, "otc_td3bc", "--resume", stopped)
 
 
+def test_a_run_that_went_on_while_its_data_was_loaded_is_not_put_back(stopped, monkeypatch, capsys):
+    """Another process may write the run between the reading of its checkpoint and the lock."""
+    load = datasets.load
+
+    def slowly(*args):
+        path = stopped / "checkpoint.pt"
+        checkpoints.write_beside(path, path.read_bytes())  # it went on
+        return load(*args)
+
+    monkeypatch.setattr(datasets, "load", slowly)
+    before = sorted(path.name for path in stopped.iterdir())
+    said = refused(capsys, run, monkeypatch, "otc_td3bc", "--resume", stopped)
+    assert "another process went on with" in said
+    assert sorted(path.name for path in stopped.iterdir()) == before
+    monkeypatch.undo()
+    run(monkeypatch, "otc_td3bc", "--resume", stopped)
+
+
 # --- Data files ---
 
 
@@ -472,6 +534,45 @@ class OldStep(Point):
         return obs, rewards, truncations, infos
 
 
+class NoSpaces(Point):
+    def observation_space(self, agent):
+        return self.observation_spaces[agent]
+
+
+class NoSeed(Point):
+    def reset(self):
+        return super().reset(0)
+
+
+class WordObs(Point):
+    def step(self, actions):
+        obs, *rest = super().step(actions)
+        return {agent: ["a", "b"] for agent in obs}, *rest
+
+
+class WordReward(Point):
+    def step(self, actions):
+        obs, rewards, *rest = super().step(actions)
+        return obs, dict.fromkeys(rewards, "much"), *rest
+
+
+class ManyFlags(Point):
+    def step(self, actions):
+        obs, rewards, _, truncations, infos = super().step(actions)
+        return obs, rewards, dict.fromkeys(obs, np.zeros(2)), truncations, infos
+
+
+class NoMask(Steps):
+    def reset(self, seed=None, options=None):
+        obs, infos = super().reset(seed, options)
+        return {a: {"observation": seen["observation"]} for a, seen in obs.items()}, infos
+
+
+class OwnFault(Point):
+    def step(self, actions):
+        return {}["the user's own mistake"]
+
+
 class ManyRewards(Point):
     def step(self, actions):
         obs, rewards, *rest = super().step(actions)
@@ -538,6 +639,12 @@ class ArrayReward(Point):
         (OldReset, r"reset returned dict, expected \(observations, infos\)"),
         (OldStep, r"step returned 4 parts, expected \(observations, rewards, terminations"),
         (ManyRewards, r"step gave a reward of shape \(3,\), expected one number"),
+        (NoSpaces, "the spaces of agents .* cannot be used, AttributeError: .*observation_spaces"),
+        (NoSeed, r"reset takes no seed, expected reset\(seed=None, options=None\)"),
+        (WordObs, "the observation that agent 'x' got cannot be used, ValueError: could not"),
+        (WordReward, "the reward 'much' that step gave cannot be used, ValueError: could not"),
+        (ManyFlags, "a flag that step gave cannot be used, ValueError: The truth value"),
+        (NoMask, "the observation that agent 'x' got cannot be used, KeyError: 'action_mask'"),
         (NoRewards, "step gave a reward of None, expected one number"),
         (OneFlag, "step gave terminations as bool, expected a dictionary"),
         (ShortObs, "observation or action mask of 1 numbers, where its space has 2"),
@@ -552,6 +659,13 @@ def test_tasks_that_cannot_be_used_are_refused_in_words(task, what):
     with pytest.raises(InputError, match=what):
         team = ParallelTeam(f"{__name__}:{task.__name__}")
         team.reset(0)
+        team.step(np.zeros((2, 1)))
+
+
+def test_a_tasks_own_faults_keep_their_traceback():
+    team = ParallelTeam(f"{__name__}:OwnFault")
+    team.reset(0)
+    with pytest.raises(KeyError, match="own mistake"):
         team.step(np.zeros((2, 1)))
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from common import loop
-from tests.helpers import only, run, tiny
+from tests.helpers import assert_same, only, run, tiny
 from tests.tiny_task import ENV, Point
 
 
@@ -131,6 +131,17 @@ def test_a_run_knows_what_the_datas_episodes_return(tmp_path, monkeypatch, data)
     pieces = np.split(rewards, ends[:-1] if ends[-1] == len(rewards) else ends)[:-1]
     found = json.loads((only(tmp_path / "runs") / "args.json").read_text())["data_return"]
     assert found == pytest.approx(np.mean([piece.sum() for piece in pieces]), rel=1e-5)
+
+
+def test_how_often_a_run_is_evaluated_changes_no_policy(tmp_path, monkeypatch, data):
+    """BCQ's policies draw random numbers when they act."""
+    argv = "--env", ENV, "--dataset", data, *tiny("otc_bcq")
+    often = "--eval-every", "10", "--eval-episodes", "3"
+    for name, flags in {"seldom": (), "often": often}.items():
+        run(monkeypatch, "otc_bcq", *argv, *flags, "--run-dir", tmp_path / name)
+    paths = (only(tmp_path / name) / "checkpoint.pt" for name in ("seldom", "often"))
+    seldom, often = (torch.load(path, weights_only=True)["agent"] for path in paths)
+    assert_same(seldom, often)
 
 
 class TwoLengths(Point):

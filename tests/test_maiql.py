@@ -213,6 +213,10 @@ BAD = {
         "--offline-updates 60: with --finetune more than --model-updates 40 and",
     ),
     "one member": ([*map(str, FINETUNE), "--num-models", "1"], "--num-models 1: expected at least"),
+    "no room": (
+        [*map(str, FINETUNE), "--imagined-size", "3", "--rollout-length", "4"],
+        "--imagined-size 3: expected room for --rollout-length 4",
+    ),
     "no rollouts": (["--finetune-updates", "0"], "--finetune-updates is 0; it must be at least 1"),
 }
 

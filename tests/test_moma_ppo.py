@@ -8,16 +8,18 @@ import pytest
 import torch
 
 from benchmarks import model_error
-from common import cli, loop
+from common import checkpoints, cli, loop
 from common.datasets import load
 from common.datasets.team import TeamDataset
+from common.envs import make_vec
 from common.nets import joint
 from common.replay import Replay
 from common.world_model import first_copies
 from moma_ppo import MOMAPPO, Args, advantages_and_returns, covariance_norm, push
-from tests.helpers import Watch, plain_mlp, random_team, run, tiny
+from tests.helpers import Watch, only, plain_mlp, random_team, run, tiny
 from tests.test_learners import addresses
 from tests.tiny_task import ENV
+from tools import render
 
 SMALL = {"hidden_size": 8, "model_hidden_size": 8, "memory_size": 8, "num_models": 3}
 SMALL |= {"num_elites": 3, "history": 3, "rollout_length": 4}
@@ -612,6 +614,10 @@ BAD = {
     "one elite": (["--num-elites", "1"], "--num-elites 1: expected at least 2"),
     "minibatch": (["--minibatch-size", "33"], "--transitions 32: expected at least"),
     "threshold": (["--uncertainty-threshold", "0"], "--uncertainty-threshold is 0.0"),
+    "one transition": (
+        "--transitions 1 --rollout-length 1 --minibatch-size 1".split(),
+        "--transitions 1: expected at least 2",
+    ),
     "history": (["--history", "-1"], "--history is -1; it must be at least 0"),
 }
 
@@ -690,3 +696,15 @@ def test_the_models_error_of_a_run(monkeypatch, tmp_path, data, capsys):
     assert len(kinds) == len(rows) == 2 * 2 * 2 * 3
     assert all(math.isfinite(float(row["state_error"])) for row in rows)
     assert "policy later    step   3" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_with_the_flags_it_was_given(monkeypatch, tmp_path):
+    """Also where its episodes are too short for its memory; and a picture of it can be made."""
+    argv = "--env", "coordination-game-neutral", *tiny("moma_ppo"), "--history", "5"
+    run(monkeypatch, "moma_ppo", *argv, "--run-dir", str(tmp_path / "runs"))
+    folder = only(tmp_path / "runs")
+    assert checkpoints.read_args(folder)["history"] == 5
+    run(monkeypatch, "moma_ppo", "--history", "5", "--resume", str(folder))
+    act, begin = render.trained_policy(str(folder), make_vec("coordination-game", 1, 0))
+    begin()
+    assert act(np.zeros((2, 3), np.float32)).shape == (2, 2)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from common import InputError
 from common.datasets import TeamDataset
 from common.replay import Replay
 from tests.helpers import (
@@ -239,6 +240,40 @@ def test_no_draw_waits_for_the_host(device):  # noqa: F811
         everything()
 
 
+def test_the_next_row_does_not_go_on_after_a_cut():
+    """Though it begins in the very state in which the episode was cut, as where nothing is seen."""
+    team = random_team(n=12, num_agents=2)
+    team.obs[:], team.next_obs[:], team.terminations[:] = 1.0, 1.0, False
+    team.truncations = np.arange(12) % 4 == 3
+    replay = Replay(team, 2, 1, 4)
+    assert replay.elapsed.tolist() == [0, 1, 2, 3] * 3
+    assert replay.goes_on().tolist() == [True, True, True, False] * 3
+    same = np.ones((2, 4, 2, team.obs.shape[2]), np.float32)
+    actions = np.zeros((2, 4, 2, team.actions.shape[2]), np.float32)
+    rewards, never = np.zeros((2, 4), np.float32), np.zeros((2, 4), bool)
+    cuts = np.array([[False, True, False, False], [False, False, True, False]])
+    replay.add(same, actions, rewards, same, never, cuts)
+    found = replay.gather_following(torch.arange(16).expand(4, -1))["is_followed"]
+    offline = [1, 1, 1, 0] * 3
+    assert found[0].tolist() == found[1].tolist() == [*offline, 1, 0, 1, 0]
+    assert found[2].tolist() == found[3].tolist() == [*offline, 1, 1, 0, 0]
+    other = Replay(team, 2, 1, 4)
+    other.load_state_dict(replay.state_dict())
+    again = other.gather_following(torch.arange(16).expand(4, -1))["is_followed"]
+    assert torch.equal(again, found)
+
+
+def test_one_observation_for_all_is_refused_where_agents_see_different_ones():
+    team = random_team(n=12, num_agents=2)
+    team.obs, team.next_obs = team.obs[:, :1], team.next_obs[:, :1]
+    replay = Replay(team, 1, 1, 4)
+    obs = np.zeros((1, 4, 2, team.obs.shape[2]), np.float32)
+    with pytest.raises(InputError, match="expected 2 in a row of the data, side by side"):
+        replay.check_views(obs + [[[[0], [1]]]])
+    replay.check_views(obs)
+    Replay(random_team(n=12, num_agents=1), 1, 1, 4).check_views(obs[:, :, :1])
+
+
 # --- Growth and state ---
 
 
@@ -364,7 +399,7 @@ def test_following_actions_are_those_of_the_next_row_where_the_episode_goes_on()
     for t in range(9):
         if goes_on[t]:
             team.next_obs[t] = team.obs[t + 1]
-    team.terminations[:] = False
+    team.terminations[:] = team.truncations[:] = False
     team.terminations[4] = True  # though the next row begins where it ended
     replay = Replay(team, 2, 2, 4)
     index = torch.arange(10).expand(4, -1)

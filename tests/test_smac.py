@@ -9,16 +9,20 @@ from pettingzoo.test import parallel_api_test
 
 from common import InputError
 from common.envs import TASKS, make_vec, parallel_env
+from common.envs.tasks import win_rate
 
 TASK = "smac-5m_vs_6m"
 
 
 class StandIn:
-    """Three agents, four actions (no-op, stop, two attacks), six steps; agent 2 dies at step 2."""
+    """Three agents, four actions (no-op, stop, two attacks), six steps; agent 2 dies at step 2. As
+    SMAC it tells of its time limit only where it was made with continuing_episode, and of a game
+    that failed (8m, step 2) nothing."""
 
     made = []
 
-    def __init__(self, map_name, seed=None):
+    def __init__(self, map_name, seed=None, continuing_episode=False):
+        self.continuing_episode = continuing_episode
         self.map_name, self.seed, self.played, self.closed = map_name, seed, [], False
         self.limit = 6
         StandIn.made.append(self)
@@ -46,9 +50,11 @@ class StandIn:
             assert legal[action], "illegal"
         self.played.append(list(actions))
         self.time += 1
+        if self.map_name == "8m" and self.time == 2:
+            return 0, True, {}
         won = self.map_name == "3m" and self.time == 3
         info = {"battle_won": won}
-        if self.time == self.limit:
+        if self.time == self.limit and self.continuing_episode:
             info["episode_limit"] = True
         return 20.0 if won else 0.5, won or self.time == self.limit, info
 
@@ -105,6 +111,20 @@ def test_a_victory_is_a_termination(stand_in):
     assert [bool(o[1][0]) for o in outcomes] == [False, False, True]
     assert not any(o[2][0] for o in outcomes)
     assert TASKS["smac-3m"].win_return == pytest.approx(20, abs=0.1)
+
+
+def test_a_game_that_failed_is_a_cut(stand_in):
+    vec = make_vec("smac-8m", 1, 0)
+    vec.reset()
+    actions = np.tile(np.array([0, 1, 0, 0], np.float32), (1, 3, 1))
+    outcomes = [vec.step(actions)[2:4] for _ in range(2)]
+    assert [(bool(a[0]), bool(b[0])) for a, b in outcomes] == [(False, False), (False, True)]
+
+
+def test_returns_tell_no_victory_where_shields_pay():
+    """A Protoss enemy's shield pays anew after it has regenerated."""
+    assert all(TASKS[f"smac-3s_vs_{n}z"].win_return is None for n in (3, 4, 5))
+    assert win_rate("smac-3s_vs_5z", [25.0]) is None and win_rate("smac-3m", [20.0]) == 1
 
 
 def test_pettingzoos_own_test_passes(stand_in):

@@ -295,6 +295,12 @@ def test_files_hold_the_agents_own_numbers_with_or_without_padding(tmp_path):
         file["actions"] = np.zeros((n, 5))
     with pytest.raises(InputError, match="width 5, expected 6"):
         datasets.load(UNEVEN, str(tmp_path / "own.hdf5"))
+    with h5py.File(tmp_path / "padded.hdf5", "a") as file:  # as if all saw the same three
+        for name in ("observations", "next_observations"):
+            del file[name]
+            file[name] = obs[:, :3]
+    with pytest.raises(InputError, match="observations has width 3, expected 5 or 6"):
+        datasets.load(UNEVEN, str(tmp_path / "padded.hdf5"))
 
 
 def test_a_deployments_padding_is_zero():

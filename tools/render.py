@@ -48,6 +48,8 @@ def trained_policy(folder: str, vec: VecEnv) -> tuple[Policy, Callable[[], None]
         raise InputError(f"{script}.py: expected Args and one class with `update` and `act`")
     checkpoint = checkpoints.read_checkpoint(folder, "checkpoint.pt", script)
     args = checkpoints.args_of(folder, module.Args)
+    if hasattr(args, "within"):
+        args = args.within(vec.max_episode_steps)
     num_groups = args.num_seeds * vec.num_agents
     takes_both = "discrete" in inspect.signature(classes[0]).parameters
     kind = (vec.discrete,) if takes_both else ()

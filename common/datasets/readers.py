@@ -170,6 +170,8 @@ def read_omar(folder: Path, task: str, vec: Any) -> dict[str, np.ndarray]:
         for key, name in keys.items()
     }
     n = len(parts["observations"][0])
+    if n == 0:
+        raise InputError(f"{folder}: no transitions in it")
     widths = {"actions": vec.action_dim, "rewards": 1, "terminals": 1}
     for key, name in keys.items():
         width = widths.get(key, vec.state_dim if name.endswith("states") else vec.obs_dim)

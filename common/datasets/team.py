@@ -89,6 +89,8 @@ def lay_out(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> Tea
     obs_widths = (obs_dim, num_agents * obs_dim)
     if task in TASKS and TASKS[task].family in ("mpe", "smax"):  # nobody sees what another does
         obs_widths = (num_agents * obs_dim,)
+    if vec.own_obs is not None:  # of different sizes, side by side, with or without the padding
+        obs_widths = (int(vec.own_obs.sum()), num_agents * obs_dim)
     seen = getattr(vec, "seen", None)
     if seen is not None:  # the agents see parts of the full state, which data may hold instead
         obs_widths = (vec.state_dim, num_agents * obs_dim)
@@ -166,6 +168,9 @@ def lay_out(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> Tea
     own_actions, pinned = vec.own_actions, vec.action_low == vec.action_high
     if pinned.any():  # no one moves what cannot move
         own_actions = ~pinned if own_actions is None else own_actions & ~pinned
+    if own_actions is not None and not own_actions.any(axis=1).all():
+        still = own_actions.any(axis=1).argmin()
+        raise InputError(f"{task}: agent {still} can move nothing, its box of actions is a point")
     own = vec.own_obs, own_actions
     return TeamDataset(obs, actions, rewards, next_obs, *ends, where, vec.discrete, *own)
 

@@ -15,10 +15,12 @@
 - `reference_returns`, where the environment has them, are the returns of score 0 and 100.
 """
 
+import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
 from numbers import Real
@@ -77,6 +79,19 @@ def results_of(returned, names: tuple[str, ...], where: str) -> tuple:
     return returned
 
 
+@contextmanager
+def understood(what: str) -> Iterator[None]:
+    """Raises InputError where what an environment gave, `what`, is of another kind than expected
+    inside."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"{what} cannot be used, {text}") from error
+
+
 @cache
 def note(text: str) -> None:
     """To stderr, once."""
@@ -100,11 +115,12 @@ class ParallelTeam:
         self.agents = list(getattr(env, "possible_agents", []))
         if not self.agents:
             raise InputError(f"{name!r} has no possible_agents, expected the names of its agents")
-        self.spaces = [env.action_space(agent) for agent in self.agents]
+        with understood(f"{name!r}: the spaces of agents {self.agents}"):
+            self.spaces = [env.action_space(agent) for agent in self.agents]
+            seen = [env.observation_space(agent) for agent in self.agents]
         self.discrete = any(isinstance(space, Discrete) for space in self.spaces)
-        for agent in self.agents:
-            for kind in ("observation", "action"):
-                space = getattr(env, f"{kind}_space")(agent)
+        for agent, *spaces in zip(self.agents, seen, self.spaces, strict=True):
+            for kind, space in zip(("observation", "action"), spaces, strict=True):
                 what = f"{name!r}: the {kind} space of agent {agent!r} is {space}"
                 if kind == "action" and isinstance(space, Discrete):
                     continue
@@ -115,7 +131,6 @@ class ParallelTeam:
                     raise InputError(f"{what}, expected a Box")
                 if kind == "action" and not space.is_bounded():
                     raise InputError(f"{what}, expected finite bounds")
-        seen = [env.observation_space(agent) for agent in self.agents]
         seen = [space["observation"] if isinstance(space, Dict) else space for space in seen]
         self.obs_sizes = [int(np.prod(space.shape)) for space in seen]
         self.num_agents = len(self.agents)
@@ -159,6 +174,11 @@ class ParallelTeam:
                     f"{name!r} has reference_returns {self.reference_returns}, expected two "
                     "different numbers, of score 0 and 100"
                 )
+        parameters = inspect.signature(env.reset).parameters.values()
+        if not any(p.name == "seed" or p.kind == p.VAR_KEYWORD for p in parameters):
+            raise InputError(
+                f"{name!r}: reset takes no seed, expected reset(seed=None, options=None)"
+            )
         self.obs = np.zeros((self.num_agents, self.obs_dim), dtype=np.float32)
 
     def reset(self, seed: int | None) -> np.ndarray:
@@ -188,9 +208,10 @@ class ParallelTeam:
         parts = ("observations", "rewards", "terminations", "truncations", "infos")
         returned = results_of(self.env.step(own), parts, f"{self.name!r}: step")
         observations, rewards, terminations, truncations, _ = returned
-        truncated = any(truncations.values())
+        with understood(f"{self.name!r}: a flag that step gave"):
+            truncated, ended = any(truncations.values()), any(terminations.values())
         missing = any(agent not in observations for agent in self.agents)
-        terminated = any(terminations.values()) or (missing and not truncated)
+        terminated = ended or (missing and not truncated)
         reward = sum(self._reward(rewards.get(agent, 0.0)) for agent in self.agents)
         reward /= self.num_agents
         return self._fill(observations), reward, terminated, truncated
@@ -200,7 +221,8 @@ class ParallelTeam:
         if reward is None or np.size(reward) != 1:
             what = "None" if reward is None else f"shape {np.shape(reward)}"
             raise InputError(f"{self.name!r}: step gave a reward of {what}, expected one number")
-        return float(np.reshape(reward, ()))
+        with understood(f"{self.name!r}: the reward {reward!r} that step gave"):
+            return float(np.reshape(reward, ()))
 
     def set_deployment(self, k: int, num_deployments: int) -> None:
         """See `VecEnv.set_deployment`: handed to the environment, if it has this method."""
@@ -210,7 +232,9 @@ class ParallelTeam:
     def _fill(self, observations: dict) -> np.ndarray:
         """(N, obs_dim); an agent that is missing keeps its last observation."""
         for i, agent in enumerate(self.agents):
-            if agent in observations:
+            if agent not in observations:
+                continue
+            with understood(f"{self.name!r}: the observation that agent {agent!r} got"):
                 seen = observations[agent]
                 if self.discrete:
                     is_dict = isinstance(seen, dict)

@@ -9,6 +9,7 @@ SMAC's no-op, action 0, is legal for the dead alone: here their mask is all zero
 """
 
 import warnings
+from functools import partial
 
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete
@@ -40,8 +41,10 @@ class SmacParallelEnv(ParallelEnv):
     def __init__(self, task: str, render_mode: str | None = None):
         if render_mode is not None:
             raise InputError(f"render_mode {render_mode!r}: {task} has no pictures")
-        self.task, self.make, self.render_mode = task, game(task), None
-        self.env = self.make(map_name=TASKS[task].env_id)
+        self.task, self.render_mode = task, None
+        # Without continuing_episode a step does not tell that it was the time limit's
+        self.make = partial(game(task), map_name=TASKS[task].env_id, continuing_episode=True)
+        self.env = self.make()
         info = self.env.get_env_info()
         self.metadata = {"name": task, "render_modes": []}
         self.max_episode_steps = info["episode_limit"]
@@ -65,7 +68,7 @@ class SmacParallelEnv(ParallelEnv):
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         if seed is not None:  # SMAC takes one when it is made only
             self.env.close()
-            self.env = self.make(map_name=TASKS[self.task].env_id, seed=seed)
+            self.env = self.make(seed=seed)
         self.env.reset()
         self.agents = self.possible_agents[:]
         return self._own(), {agent: {} for agent in self.agents}
@@ -80,7 +83,8 @@ class SmacParallelEnv(ParallelEnv):
             for agent, lives in zip(self.possible_agents, alive, strict=True)
         ]
         reward, ended, info = self.env.step(joint)
-        truncated = bool(ended and info.get("episode_limit", False))
+        # Where the game itself failed SMAC ends the episode without a word of who won
+        truncated = bool(ended and (info.get("episode_limit") or "battle_won" not in info))
         outcome = float(reward), bool(ended) and not truncated, truncated
         outcome = (dict.fromkeys(self.agents, value) for value in outcome)
         infos = {a: {"won": info.get("battle_won", False)} for a in self.agents}

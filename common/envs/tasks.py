@@ -56,6 +56,8 @@ SMAC_MAPS = (
     "3m 8m 25m 5m_vs_6m 8m_vs_9m 10m_vs_11m 27m_vs_30m 2m_vs_1z 2s_vs_1sc 3s_vs_3z 3s_vs_4z "
     "3s_vs_5z 6h_vs_8z 2c_vs_64zg corridor so_many_baneling"
 ).split()
+# A shield that has regenerated pays anew: a return of 20 is no victory
+SMAC_SHIELDS = ("3s_vs_3z", "3s_vs_4z", "3s_vs_5z")
 # Returns of an untrained policy and of the experts behind Barde et al.'s data, whose scores are
 # shares of the expert's. Entries of the state: cosines and sines of both joints' angles, target x
 # and y, both velocities, fingertip minus target
@@ -131,7 +133,10 @@ TASKS = {
     # Returns of random actions and of the last policy of the built-in data's training, from
     # docs/results/datasets/smax_evaluation.csv
     "5m_vs_6m": Task("smax", "5m_vs_6m", "", 0.137, 1.602, win_return=1.5),
-    **{f"smac-{name}": Task("smac", name, win_return=19.99) for name in SMAC_MAPS},
+    **{
+        f"smac-{name}": Task("smac", name, win_return=None if name in SMAC_SHIELDS else 19.99)
+        for name in SMAC_MAPS
+    },
 }
 
 # OMAR's (random, expert) returns, as MADiff's appendix G.1 and, for HalfCheetah, other users of its
