@@ -7,6 +7,7 @@ import json
 import subprocess
 import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 
 from common import InputError
 
@@ -64,16 +65,21 @@ def check_outputs(*paths: str | None, figure: str | None = None, flag: str = "--
         raise InputError(f"{flag} {figure} is not a name of a PNG file")
     if figure and find_spec("matplotlib") is None:
         raise InputError(f"{flag} needs matplotlib: pip install -r requirements-dev.txt")
-    for path in filter(None, (*paths, figure)):
-        write(path, "", "a")
+    for path in map(Path, filter(None, (*paths, figure))):
+        is_new = not path.exists()
+        write(str(path), "", "a")
+        if is_new:  # nothing is left of a measurement that fails
+            path.unlink()
 
 
 def write(path: str, text: str, mode: str = "w") -> None:
     """Write a file, or with mode "a" and no text find out that it can be written.
 
     Raises:
-        InputError: it cannot.
+        InputError: it cannot, or would lie among a run's files.
     """
+    if (Path(path).parent / "args.json").exists():
+        raise InputError(f"{path} would lie in a run's folder: name another file")
     try:
         with open(path, mode, newline="") as file:
             file.write(text)

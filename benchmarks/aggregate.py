@@ -9,7 +9,7 @@ Edge of the Statistical Precipice, NeurIPS 2021, https://arxiv.org/abs/2108.1326
 implementation: https://github.com/google-research/rliable, which has no paired intervals.
 """
 
-import csv
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,15 +200,16 @@ def read(args: Args) -> tuple[Cells, list[str]]:
     """
     folders = set()
     for each in args.runs:
-        its = {path.parent.resolve() for path in Path(each).rglob("args.json")}
+        walk = os.walk(each, followlinks=True)
+        its = {Path(folder).resolve() for folder, _, names in walk if "args.json" in names}
         if not its:
             raise InputError(f"no run in {each}")
         folders |= its
     found, unfinished, by = [], [], [name.replace("-", "_") for name in args.by]
     for folder in sorted(folders):
-        record, path = checkpoints.read_record(folder), folder / "returns.csv"
+        record = checkpoints.read_record(folder)
         its, script = UNDEPLOYED | record["args"], record["script"]
-        rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+        rows = checkpoints.read_returns(folder)
         if len(rows) <= its["deployments"]:
             unfinished.append(folder)
             continue

@@ -271,7 +271,9 @@ def measure(moment: Moment, args: Args) -> dict[str, dict[str, np.ndarray]]:
         for name, strategy in strategies_.items():
             distances[name] = strategy.transition_distance(moment.agent, index, references)
         by = "dev" if replay.num_agents > 1 else "disc"  # a team of one: its world is the other
-        distances |= {"nearest (s, a)": nearest, "oracle": found[by]}
+        distances |= {"nearest (s, a)": nearest}
+        if found[by].isfinite().any():  # there is something to be known
+            distances["oracle"] = found[by]
         for name, distance in distances.items():
             weight = weights_of(distance, index, args.alpha)
             into = sums[name]
@@ -329,6 +331,10 @@ def draw_figure(rows: list[dict], path: str) -> None:
     base = {tuple(row[n] for n in names): row for row in rows if row["draw"] == "uniform"}
     titles = {"dev": "dev / uniform draw's", "disc": "disc / uniform draw's", "auc": "AUC"}
     titles = {k: v for k, v in titles.items() if np.isfinite([row[k] for row in rows]).any()}
+    if not titles:
+        raise InputError(
+            f"nothing to draw in {path}: a team of one whose task has no simulator here"
+        )
     size = 2.5 + 3 * len(titles), 0.42 * len(draws) + 1.4
     figure, axes = plt.subplots(1, len(titles), figsize=size, sharey=True, squeeze=False)
     axes = axes[0]

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from benchmarks import write_csv
+from benchmarks import check_outputs, write_csv
 from common import InputError, checkpoints, cli
 from common.datasets import parse_env
 from common.datasets.names import is_omar
@@ -29,6 +29,7 @@ BUILT_IN = "built-in"
 COEFFICIENT_0 = " --omar-coefficient 0"
 CENTRALISED = " --critic centralised"
 FINETUNE = " --finetune"
+COLUMNS = ("mean_return", "std_return", "normalized_score")
 
 
 @dataclass
@@ -47,6 +48,7 @@ def main(args: Args) -> None:
         for row in csv.DictReader((results / table).open())
         if row.get("source", BUILT_IN) == BUILT_IN
     }
+    check_outputs(args.csv)
     rows, seen = [], {}
     keys = ("script", "env", "dataset", "split", "offline_updates")
     for folder in args.folders:
@@ -54,7 +56,9 @@ def main(args: Args) -> None:
             run = checkpoints.read_record(path.parent)
             if run["args"].get("offline_checkpoint"):  # the policy of another run
                 continue
-            first = next(csv.DictReader(path.open()))
+            first = next(iter(checkpoints.read_returns(path.parent, "episodes", *COLUMNS)), None)
+            if first is None:
+                continue
             env, dataset = run["args"]["env"], run["args"].get("dataset", BUILT_IN)
             script = run["script"]
             script += COEFFICIENT_0 * (run["args"].get("omar_coefficient") == 0)

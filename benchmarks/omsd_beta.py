@@ -13,6 +13,7 @@ import csv
 import dataclasses
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import tyro
@@ -57,8 +58,9 @@ def train(agent, replay: Replay, kind: str, updates: int, batch: int) -> float:
 
 def main(args: Args) -> None:
     check_outputs(args.csv)
-    with open(args.csv) as file:
-        rows = list(csv.DictReader(file))
+    rows = []
+    if Path(args.csv).exists():
+        rows = list(csv.DictReader(Path(args.csv).read_text().splitlines()))
     if rows and not columns_of(args, args.settings, 0.0).keys() <= rows[0].keys():
         raise InputError(f"{args.csv} does not say how it was made: name another file")
     its = {"num_seeds": args.num_seeds, "policy_updates": args.policy_updates}

@@ -3,7 +3,6 @@
 python -m benchmarks.plot_run runs/RUN --figure run.png
 """
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,10 +37,10 @@ def main(args: Args) -> None:
             f"{run} has no returns of its offline phase: --eval-every {every}, "
             f"--offline-updates {updates}"
         )
-    if not (run / "returns.csv").exists():
-        raise InputError(f"{run} has no returns.csv: it was stopped before its first deployment")
+    rows = checkpoints.read_returns(run, "deployment", "mean_return", "std_return")
+    if not rows:
+        raise InputError(f"{run} has no returns yet: it was stopped before its first deployment")
     check_outputs(figure=args.figure)
-    rows = list(csv.DictReader((run / "returns.csv").open()))
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
     offline = events.Scalars("offline/episodic_return")
     left.plot([e.step for e in offline], [e.value for e in offline], marker="o", markersize=3)

@@ -26,7 +26,6 @@ more runs only what is missing.
 """
 
 import contextlib
-import csv
 import fcntl
 import hashlib
 import importlib
@@ -51,6 +50,7 @@ import tyro
 
 from benchmarks import write_csv
 from common import ROOT, InputError, checkpoints, cli, nearest, strategies
+from common.datasets import parse_env
 from common.envs import num_cores
 
 SAMPLING = (*strategies.OTHERS, "otc")
@@ -199,7 +199,7 @@ def checked(flags: dict, groups: dict[str, str], script: str) -> dict:
             raise InputError(f"{cli.flag(name)} is the sweep's own business")
         if name not in groups:
             raise InputError(f"{script}.py has no {cli.flag(name)}: {nearest(name, groups)}")
-        if isinstance(value, dict | list):
+        if not isinstance(value, bool | int | float | str):
             raise InputError(f"{cli.flag(name)} must be one value, not {value!r}")
     return found
 
@@ -224,6 +224,7 @@ def check(job: Job) -> None:
     """Parse a job's flags as its script will; raises InputError for what it will not take."""
     args_type, said = importlib.import_module(job.script).Args, io.StringIO()
     try:
+        parse_env(job.flags["env"])
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             cli.parse(args_type, argv_of(job.flags))
     except InputError as error:
@@ -257,8 +258,8 @@ class Place:
         if folder is None:
             return False
         last = str(checkpoints.read_args(folder).get("deployments", 0))
-        paths = [each / "returns.csv" for each in checkpoints.seeds_folders(folder)]
-        return all(p.exists() and rows_of(p)[-1]["deployment"] == last for p in paths)
+        rows = map(checkpoints.read_returns, checkpoints.seeds_folders(folder))
+        return all(its and its[-1]["deployment"] == last for its in rows)
 
     def lock(self) -> IO | None:
         """Held by the job's process as long as it lives, whatever becomes of this one; None where
@@ -328,12 +329,6 @@ class Place:
         log = (self.folder / "log.txt").read_text().replace("\r", "\n").splitlines()
         last = next((line.strip() for line in reversed(log) if line.strip()), "")
         return f"failed, exit status {status}: {last[:200]}"
-
-
-def rows_of(path: Path) -> list[dict[str, str]]:
-    """Of a returns.csv."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file)) or [{"deployment": ""}]
 
 
 # --- Executors: begin(place) -> handle or None; status(handle) -> exit status or None; stop ---
@@ -539,7 +534,7 @@ def report(jobs: list[Job], out: Path, path: str | None) -> None:
         if not place.is_done():
             continue
         for folder in checkpoints.seeds_folders(place.run_folder()):
-            found, job = rows_of(folder / "returns.csv"), place.job
+            found, job = checkpoints.read_returns(folder), place.job
             names = {"cell": job.cell, "script": job.script, "env": job.flags["env"]}
             seed = checkpoints.read_record(folder)["seed"]
             rows += [{**names, "seed": seed, **row} for row in found]

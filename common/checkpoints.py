@@ -1,5 +1,6 @@
 """A run's files that others read: its arguments, its checkpoints."""
 
+import csv
 import json
 import os
 import zipfile
@@ -35,10 +36,30 @@ def read_record(folder: str | Path) -> dict:
     path = Path(folder) / "args.json"
     try:
         record = json.loads(path.read_text())
-        record["args"]["seed"]
+        record["args"]["seed"], record["script"]
         return record
     except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{folder} is not a run folder: {path} is missing or unreadable") from None
+
+
+def read_returns(folder: str | Path, *columns: str) -> list[dict[str, str]]:
+    """The rows of returns.csv of the run in `folder`, those that were written whole; none where the
+    run has not got so far.
+
+    Raises:
+        InputError: unreadable, or without one of these columns.
+    """
+    path = Path(folder) / "returns.csv"
+    try:
+        lines = path.read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    rows = csv.DictReader(lines[: -1 if lines and lines[-1][-1] != "\n" else None])
+    for missing in (name for name in columns if name not in (rows.fieldnames or columns)):
+        raise InputError(f"{path} has no column {missing}")
+    return [row for row in rows if None not in (*row, *row.values())]
 
 
 def read_args(folder: str | Path) -> dict:
@@ -76,8 +97,9 @@ def read_checkpoint(folder: str, name: str, script: str) -> dict:
             `script`.
     """
     path = seeds_folders(folder)[0] / name
-    stamp = stamp_of(path)
-    if stamp is None:
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is missing, the first of the folders of {folder}'s run")
+    if not path.exists():
         raise InputError(f"{path} does not exist: the run was stopped before it was first written")
     try:
         with zipfile.ZipFile(path) as parts:  # torch checks no checksums
@@ -95,14 +117,14 @@ def read_checkpoint(folder: str, name: str, script: str) -> dict:
     if checkpoint.get("format") != FORMAT:
         code = read_record(folder).get("code", "eca3235")
         raise InputError(f"{path} is of another version; continue it with commit {code}")
-    return checkpoint | {"stamp": stamp}
+    return checkpoint
 
 
 def stamp_of(path: Path) -> tuple[int, int] | None:
-    """Of a file as it was last written; None: there is none."""
+    """Of a file as it was last written; None: it cannot be read."""
     try:
         found = path.stat()
-    except FileNotFoundError:
+    except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
 
@@ -113,9 +135,10 @@ def read_resumed(args, script: str) -> dict:
     Raises:
         InputError: as `read_checkpoint`, or args.json was changed since it was written.
     """
+    stamp = stamp_of(seeds_folders(args.resume)[0] / "checkpoint.pt")
     checkpoint = read_checkpoint(args.resume, "checkpoint.pt", script)
     check_same(checkpoint["args"], args, set(vars(args)) - {"resume", "dataset"}, "--resume")
-    return checkpoint
+    return checkpoint | {"stamp": stamp}
 
 
 def read_offline_checkpoint(args, script: str) -> dict:
@@ -142,6 +165,14 @@ def check_same(was: dict, args, names, what: str) -> None:
         if before != now:
             asked = f"{flag(name)} {before}, not {now}"
             raise InputError(f"{what}: the checkpoint was trained with {asked}")
+
+
+def check_task(checkpoint: dict, now: str, what: str) -> None:
+    """Raises InputError unless an own task has the agents, in their order, and the time limit of
+    when the checkpoint was written."""
+    was = checkpoint.get("task", now)
+    if was != now:
+        raise InputError(f"{what}: the task is not what it was: {now}, {was} then")
 
 
 def check_data(checkpoint: dict, now: str, what: str) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import os
 import re
+import shlex
 import sys
 import textwrap
 import threading
@@ -16,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import torch
 import tyro
 
@@ -110,6 +112,15 @@ class OfflineArgs:
     exploration: ClassVar[str] = "none"
     offline_checkpoint: ClassVar[None] = None
 
+    def __post_init__(self) -> None:
+        """Take NumPy's numbers and paths, as a notebook may give them, for what they hold."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, np.generic):
+                setattr(self, field.name, value.item())
+            elif isinstance(value, os.PathLike):
+                setattr(self, field.name, os.fspath(value))
+
     def check(self) -> None:
         """Refuse what several arguments forbid together; a script adds its own rules.
 
@@ -181,14 +192,13 @@ def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None
         if isinstance(error, RuntimeError) and any(word in text.lower() for word in NO_MEMORY):
             error = MemoryError(text.splitlines()[0])
         if not isinstance(error, InputError | OSError | MemoryError):
+            say_how_to_go_on()
             raise
         if isinstance(error, BrokenPipeError):  # nobody reads on: nor may the last flush fail
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         what = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
         say(f"error: {what}{error}")
-        run = runs.Run.unfinished
-        if run is not None and (run.folders[0] / "checkpoint.pt").exists():
-            say(f"continue with --resume {run.folders[0]}")
+        say_how_to_go_on()
         sys.exit(2)
     finally:
         if runs.Run.unfinished is not None:
@@ -200,6 +210,13 @@ def report_thread(failed) -> None:
     """What ended a thread; of TensorBoard's writers the next call raises the same."""
     if type(failed.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(failed)
+
+
+def say_how_to_go_on() -> None:
+    """Where the run that broke off has a checkpoint."""
+    run = runs.Run.unfinished
+    if run is not None and (run.folders[0] / "checkpoint.pt").exists():
+        say(f"continue with --resume {shlex.quote(str(run.folders[0]))}")
 
 
 def say(text: str) -> None:

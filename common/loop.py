@@ -51,6 +51,10 @@ class Training:
             make_vec(task, num_envs, args.seed, args.split, args.env_workers)
             for num_envs in (S, args.eval_episodes * S)
         )
+        names = getattr(next(iter(self.envs.teams), None), "agents", "")  # of an own task
+        self.task = f"agents {names}, at most {self.envs.max_episode_steps} steps" if names else ""
+        if self.checkpoint is not None:
+            checkpoints.check_task(self.checkpoint, self.task, what)
         self.shape = S, self.envs.num_agents
         self.sizes = S * self.envs.num_agents, self.envs.obs_dim, self.envs.action_dim
         torch.manual_seed(args.seed)
@@ -96,6 +100,7 @@ class Training:
             "progress": (self.phase, self.done),
             "evaluated": self.evaluated,
             "data": self.data,
+            "task": self.task,
             "rng": get_rng_state(self.device),
         }
         self.run.save(state, name)

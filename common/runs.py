@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 
 import filelock
 import numpy as np
@@ -21,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from common import InputError, code_version, release
+from common import InputError, code_version, expanded, release
 from common.checkpoints import FORMAT, read_record, seeds_folders, stamp_of, write_beside
 from common.datasets import is_omar, parse_env
 from common.envs.tasks import normalized_score, win_rate
@@ -124,7 +125,7 @@ class Run:
 
     def _make_folders(self, data_return: float | None) -> list[Path]:
         env = "".join(c if c.isalnum() or c in "-_." else "-" for c in self.args.env)
-        base, args = Path(self.args.run_dir), dataclasses.asdict(self.args)
+        base, args = expanded(self.args.run_dir), dataclasses.asdict(self.args)
         what = f"{env}__{self.script}__{strategy_name(args)}"
         try:
             base.mkdir(parents=True, exist_ok=True)
@@ -343,7 +344,7 @@ class Run:
         self.at_stop = None
         save()
         self.close()
-        print(f"stopped; continue with --resume {self.folders[0]}", file=sys.stderr)
+        print(f"stopped; continue with --resume {quote(str(self.folders[0]))}", file=sys.stderr)
         sys.exit(128 + self.stop_signal)
 
     def close(self) -> None:
@@ -399,7 +400,8 @@ class Run:
             lines.append(f"{name:>12}" + "".join(f"{x:{w}.1f}{e}" for x, w, e in cells))
         print("\n" + "\n".join(lines))
         more = f" and {len(self.seeds) - 1} more" if len(self.seeds) > 1 else ""
-        print(f"\n{self.folders[0]}{more}\nnext: tensorboard --logdir {self.args.run_dir}")
+        base, folder = (quote(str(path)) for path in (self.args.run_dir, self.folders[0]))
+        print(f"\n{self.folders[0]}{more}\nnext: tensorboard --logdir {base}")
         for package, command in NEXT.items():
             if find_spec(package):  # a script copied with common/ has neither
-                print(f"      {command.format(self.folders[0])}")
+                print(f"      {command.format(folder)}")

@@ -184,8 +184,7 @@ def strategy_name(args: dict) -> str:
         parts = ["otc", args["distance"]]
         is_over_all = args["distance"] == "value" and args.get("value_mean") == "references"
         parts += ["over-references"] if is_over_all else []
-        begins = [f"from{args['alpha']:g}"] if args["alpha"] != 1 else []
-        parts += begins if args["adaptive_alpha"] else [f"alpha{args['alpha']:g}"]
+        parts += [] if args["adaptive_alpha"] else [f"alpha{args['alpha']:g}"]
         parts += [] if args["alpha_max"] is None else [f"max{args['alpha_max']:g}"]
         parts += ["no-self-matches"] if args["exclude_self_matches"] else []
         parts += [] if args["replacement"] else ["no-replacement"]

@@ -413,5 +413,30 @@ def test_what_cannot_be_read_is_refused(tmp_path, said):
         assert "not all of mean_return are" in said(tmp_path, refused=True)
     (run / "returns.csv").write_text("mean_return,normalized_score\n1,1\n2,nan\n")
     assert "not all of normalized_score are" in said(tmp_path, refused=True)
-    (run / "args.json").write_text("{")
-    assert "is not a run folder" in said(tmp_path, refused=True)
+    (run / "returns.csv").write_bytes(b"mean_return\n\xff\xfe\n")
+    assert "returns.csv cannot be read" in said(tmp_path, refused=True)
+    record = json.loads((run / "args.json").read_text())
+    for text in ("{", json.dumps({"args": record["args"]})):
+        (run / "args.json").write_text(text)
+        assert "is not a run folder" in said(tmp_path, refused=True)
+
+
+def test_a_row_that_was_cut_is_none(tmp_path, said):
+    """A copy that broke off amid the last number, or the last but one."""
+    fake_run(tmp_path, 1, [1.0, 2.0])
+    run = fake_run(tmp_path, 2, [1.0, 2.5])
+    whole = (run / "returns.csv").read_text()
+    for cut in (1, 3, 9):
+        (run / "returns.csv").write_text(whole[:-cut])
+        assert "left out: 1 unfinished" in said(tmp_path)
+    (run / "returns.csv").write_text(whole)
+    assert "left out" not in said(tmp_path)
+
+
+def test_linked_folders_count(tmp_path, said):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "linked").mkdir()
+    fake_run(tmp_path / "linked", 1, [1.0, 2.0])
+    run = fake_run(tmp_path / "real", 2, [1.0, 2.0])
+    (tmp_path / "linked" / "other").symlink_to(run)
+    assert "2 runs" in said(tmp_path / "linked")

@@ -244,6 +244,9 @@ def test_tools_refuse_what_they_cannot_read(tmp_path, refusal):
     assert "nope is not a run folder" in refusal(plot_run, "nope", "--figure", out)
     run = fake_run(tmp_path, "otc_td3bc", 1, [1.0], eval_every=200, policy_delay=2)
     assert "--eval-every 200" in refusal(plot_run, run, "--figure", out)
+    assert "would lie in a run's folder" in refusal(
+        offline_table, run, "--csv", run / "returns.csv"
+    )
     torch.save({"agent": {}, "progress": (0, 100), "script": "otc_td3bc"}, run / "offline.pt")
     assert "of otc_td3bc, not otc_bcq" in refusal(value_actions, run, "--csv", out)
     assert "no run folders" in refusal(drawn_transitions, "--csv", out)

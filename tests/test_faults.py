@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -26,7 +27,7 @@ from common import InputError, checkpoints, datasets, loop, runs
 from common.datasets import readers
 from common.envs import make_vec, workers
 from common.envs.parallel import ParallelTeam
-from tests.helpers import assert_same, is_running, only, run, scalars, state_of, tiny
+from tests.helpers import QUICK, assert_same, is_running, only, run, scalars, state_of, tiny
 from tests.tiny_task import ENV, Point, Steps
 
 ROOT = Path(__file__).parent.parent
@@ -573,6 +574,41 @@ class OwnFault(Point):
         return {}["the user's own mistake"]
 
 
+class SetOfAgents(Point):
+    possible_agents = {"x", "y"}
+
+
+class Twins(Point):
+    possible_agents = ["x", "x"]
+
+
+class Unbounded(Point):
+    def action_space(self, agent):
+        most = np.finfo(np.float32).max
+        return Box(-most, most, (1,), np.float32)
+
+
+class Blind(Point):
+    def observation_space(self, agent):
+        return Box(-1, 1, (0,), np.float32)
+
+
+class OthersRewards(Point):
+    def step(self, actions):
+        obs, rewards, *rest = super().step(actions)
+        return obs, {f"agent_{agent}": value for agent, value in rewards.items()}, *rest
+
+
+class MaskInInfo(Steps):
+    def observation_space(self, agent):
+        return Point.observation_space(self, agent)
+
+    def reset(self, seed=None, options=None):
+        obs, _ = super().reset(seed, options)
+        masks = {agent: {"action_mask": seen["action_mask"]} for agent, seen in obs.items()}
+        return {agent: seen["observation"] for agent, seen in obs.items()}, masks
+
+
 class ManyRewards(Point):
     def step(self, actions):
         obs, rewards, *rest = super().step(actions)
@@ -639,6 +675,12 @@ class ArrayReward(Point):
         (OldReset, r"reset returned dict, expected \(observations, infos\)"),
         (OldStep, r"step returned 4 parts, expected \(observations, rewards, terminations"),
         (ManyRewards, r"step gave a reward of shape \(3,\), expected one number"),
+        (SetOfAgents, "expected a list of different names"),
+        (Twins, r"possible_agents \['x', 'x'\], expected a list of different names"),
+        (Unbounded, "expected finite bounds, and float32 their distance"),
+        (Blind, "its agents observe no number at all"),
+        (OthersRewards, "step gave a reward to 'agent_x', which is none of the agents"),
+        (MaskInInfo, "gave agent 'x' an action_mask in its info, expected observations of Dict"),
         (NoSpaces, "the spaces of agents .* cannot be used, AttributeError: .*observation_spaces"),
         (NoSeed, r"reset takes no seed, expected reset\(seed=None, options=None\)"),
         (WordObs, "the observation that agent 'x' got cannot be used, ValueError: could not"),
@@ -660,6 +702,126 @@ def test_tasks_that_cannot_be_used_are_refused_in_words(task, what):
         team = ParallelTeam(f"{__name__}:{task.__name__}")
         team.reset(0)
         team.step(np.zeros((2, 1)))
+
+
+class Exact(Point):
+    """Bounds that are no float32."""
+
+    def action_space(self, agent):
+        return Box(-0.1, 0.1, (1,), np.float64)
+
+    def step(self, actions):
+        assert all(self.action_space(agent).contains(action) for agent, action in actions.items())
+        return super().step(actions)
+
+
+class Levels(Point):
+    def action_space(self, agent):
+        return Box(0, 2, (1,), np.int64)
+
+    def step(self, actions):
+        self.levels = {agent: int(action[0]) for agent, action in actions.items()}
+        assert all(action.dtype == np.int64 for action in actions.values())
+        return super().step(actions)
+
+
+def test_actions_are_played_within_the_box_in_its_own_type():
+    vec = make_vec(f"{__name__}:Exact", 1, 0)
+    vec.reset()
+    vec.step(vec.to_box(np.array([[[1.0], [-1.0]]], np.float32)))
+    vec = make_vec(f"{__name__}:Levels", 1, 0)
+    vec.reset()
+    for asked, level in ((-1.0, 0), (-0.51, 0), (-0.01, 1), (0.49, 1), (0.51, 2), (1.0, 2)):
+        vec.step(vec.to_box(np.array([[[asked], [-asked]]], np.float32)))
+        assert vec.teams[0].env.levels == {"x": level, "y": 2 - level}, asked
+
+
+class Amperes(Point):
+    def action_space(self, agent):
+        return Box(-1e-6, 1e-6, (1,), np.float32)
+
+
+class Wide(Point):
+    low, high = np.float32(-460.42657), np.float32(273.92337)
+
+    def action_space(self, agent):
+        return Box(self.low, self.high, (1,), np.float32)
+
+
+def test_how_far_actions_may_leave_the_box_is_the_boxs_measure(tmp_path, data):
+    path = copy_of(data, tmp_path / "other.hdf5")
+    with h5py.File(path, "a") as file:
+        file["actions"][...] = file["actions"][...] * 5e-6  # of [-2, 2]: ten times outside
+    with pytest.raises(InputError, match="actions leave the box"):
+        datasets.load(f"{__name__}:Amperes", str(path))
+    with h5py.File(path, "a") as file:
+        file["actions"][...] = Wide.low + (np.float32(1) + 1) / 2 * (Wide.high - Wide.low)
+        assert file["actions"][0, 0] > Wide.high  # by rounding
+    assert (datasets.load(f"{__name__}:Wide", str(path)).actions == 1).all()
+
+
+class NoLastObs(Point):
+    def step(self, actions):
+        obs, *rest = super().step(actions)
+        return obs if self.agents else {}, *rest
+
+
+def test_a_missing_last_observation_is_said_once(capsys):
+    vec = make_vec(f"{__name__}:NoLastObs", 1, 0)
+    vec.reset()
+    for _ in range(60):
+        vec.step(np.zeros((1, 2, 1), np.float32))
+    assert capsys.readouterr().err.count("gave no observation to agent 'x' where the episode") == 1
+
+
+ORDER = ["x", "y"]
+
+
+class Ordered(Point):
+    possible_agents = property(lambda self: ORDER)
+
+
+def test_other_agents_orders_are_no_continuation(tmp_path, argv, monkeypatch, capsys):
+    argv[1] = f"{__name__}:Ordered"
+    run(monkeypatch, "otc_td3bc", *argv)
+    folder = only(tmp_path / "runs")
+    monkeypatch.setitem(globals(), "ORDER", ["y", "x"])
+    for flag in ("--resume", "--offline-checkpoint"):
+        more = () if flag == "--resume" else argv
+        said = refused(capsys, run, monkeypatch, "otc_td3bc", *more, flag, folder)
+        assert "the task is not what it was: agents ['y', 'x'], at most 20 steps" in said
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("def f(:", "SyntaxError: .*syn.py, line 1"),
+        ("raise KeyError(3)", r"KeyError: 3 \(syn.py, line 1\)"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+    ],
+)
+def test_a_module_that_fails_is_said(tmp_path, monkeypatch, text, what):
+    (tmp_path / "syn.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=f"cannot import 'syn' of 'syn:f', {what}"):
+        make_vec("syn:f", 1, 0)
+
+
+class LateFault(Point):
+    deployment = 0
+
+    def set_deployment(self, k, num_deployments):
+        self.deployment = k
+
+    def step(self, actions):
+        return super().step(actions) if not self.deployment else {}["the user's own mistake"]
+
+
+def test_a_tasks_fault_leaves_a_word_how_to_go_on(tmp_path, argv, monkeypatch, capsys):
+    argv[1] = f"{__name__}:LateFault"
+    with pytest.raises(KeyError, match="own mistake"):
+        run(monkeypatch, "otc_td3bc", *argv)
+    assert f"continue with --resume {only(tmp_path / 'runs')}" in capsys.readouterr().err
 
 
 def test_a_tasks_own_faults_keep_their_traceback():
@@ -946,3 +1108,28 @@ def test_without_deployments_the_table_shows_one_policy(monkeypatch, capsys, arg
     run(monkeypatch, "otc_td3bc", *argv, "--deployments", 0)
     table = capsys.readouterr().out.split("\n\n")[-2]
     assert "improvement" not in table and table.split()[:3] == ["seed", "pi^0", "score"]
+
+
+def test_what_is_printed_can_be_copied(tmp_path, argv, monkeypatch, capsys):
+    home = tmp_path / "home of [mine]"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    argv[argv.index("--run-dir") + 1] = "~/my runs"
+    run(monkeypatch, "otc_td3bc", *argv)
+    folder = only(home / "my runs")
+    assert f"tools.render --run '{folder}' --out" in capsys.readouterr().out
+
+
+def test_numpys_numbers_and_paths_are_arguments_too(tmp_path, data):
+    options = {k[2:].replace("-", "_"): v for k, v in QUICK.items()}
+    names = {field.name for field in dataclasses.fields(otc_td3bc.Args)}
+    options = {k: v for k, v in options.items() if k in names}
+    args = otc_td3bc.Args(
+        **options | {"seed": np.int64(3), "gamma": np.float32(0.5)},
+        env=ENV,
+        dataset=Path(data),
+        run_dir=tmp_path / "runs",
+    )
+    otc_td3bc.main(args)
+    found = json.loads((only(tmp_path / "runs") / "args.json").read_text())["args"]
+    assert (found["seed"], found["gamma"], found["dataset"]) == (3, 0.5, str(data))

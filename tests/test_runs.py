@@ -18,7 +18,7 @@ from tests.tiny_task import ENV
     ("options", "name"),
     [
         ({}, "otc-value"),
-        ({"distance": "embedding", "alpha": 2.0}, "otc-embedding-from2"),
+        ({"distance": "embedding", "alpha": 2.0}, "otc-embedding"),
         ({"adaptive_alpha": False, "alpha": 0.5}, "otc-value-alpha0.5"),
         ({"alpha_max": 4.0, "replacement": False}, "otc-value-max4-no-replacement"),
         ({"exclude_self_matches": True}, "otc-value-no-self-matches"),

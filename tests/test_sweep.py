@@ -126,6 +126,8 @@ def test_without_strategies_there_are_offline_jobs_alone():
         ("BASE\n[flags]\noffline-update = 3", "no --offline-update: did you mean offline_updates"),
         ("BASE\n[flags]\nseed = 3", "--seed is the sweep's own"),
         ("BASE\n[flags]\ngamma = [1]", "must be one value"),
+        ("BASE\n[flags]\ngamma = 2020-01-01", "must be one value"),
+        ('scripts = ["otc_bcq"]\nenvs = ["hoper-medium"]\nseeds = 1', "did you mean hopper"),
         ("BASE\n[flags]\ngamma = 2.0", "otc_bcq-hopper-medium-pi0-1-5: --gamma is 2.0; it must be"),
         ("BASE\n[flags]\noffline-updates = 'many'", "pi0-1-5: .*many"),
         ("BASE\n[flags]\ndevice = 'gpu'", "pi0-1-5: .*gpu"),

@@ -30,6 +30,15 @@ class Drifting(Point):
         return obs, {agent: self.deployment for agent in rewards}, *rest
 
 
+def unordered():
+    """As of a set of names: another order in every process."""
+    env = Point()
+    env.possible_agents = sorted(
+        ["x", "y"], reverse=os.environ.get("OTC_TEST_PARENT") != str(os.getpid())
+    )
+    return env
+
+
 def broken():
     return Broken()
 
@@ -103,6 +112,14 @@ def test_a_process_that_dies_is_an_error_and_no_hang(monkeypatch):
         for _ in range(10):
             vec.step(np.zeros((2, 2, 1)))
     assert vec.processes == []
+
+
+def test_agents_in_another_order_are_refused(monkeypatch, capfd):
+    monkeypatch.setenv("OTC_TEST_PARENT", str(os.getpid()))
+    vec = make_vec("tests.test_workers:unordered", 2, 0, None, 1)
+    with pytest.raises(InputError, match="an environment process ended with status 1"):
+        vec.reset()
+    assert "the order of its agents differs between processes" in capfd.readouterr().err
 
 
 def test_processes_end_with_the_environments():

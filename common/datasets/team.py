@@ -134,13 +134,15 @@ def lay_out(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> Tea
     if getattr(vec, "actuators", None) is not None:  # of a robot's single agent, in its order
         actions = actions[:, vec.actuators]
     actions = actions.reshape(n, num_agents, action_dim)
-    excess = np.maximum(vec.action_low - actions.min(axis=0), actions.max(axis=0) - vec.action_high)
-    if excess.max() > 1e-5:
+    low, high = vec.action_low, vec.action_high
+    excess = np.maximum(low - actions.min(axis=0), actions.max(axis=0) - high)
+    rounding = 4 * np.finfo(np.float32).eps * np.maximum(np.abs(low), np.abs(high))
+    if (excess > 5e-6 * (high - low) + rounding).any():
         raise InputError(
             f"{where}: actions leave the box of {task}, "
-            f"{vec.action_low.min():g} to {vec.action_high.max():g}, by up to {excess.max():.3g}"
+            f"{low.min():g} to {high.max():g}, by up to {excess.max():.3g}"
         )
-    np.clip(actions, vec.action_low, vec.action_high, out=actions)
+    np.clip(actions, low, high, out=actions)
     actions = vec.from_box(actions)
 
     obs = data.pop("observations").reshape(n, -1, obs_dim)

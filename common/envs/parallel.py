@@ -46,6 +46,8 @@ def find_factory(name: str) -> Callable[..., ParallelEnv]:
             f"cannot import {module_name!r} of {name!r}: {error}\n"
             "expected a module that Python finds (beside the script, or on PYTHONPATH)"
         ) from error
+    except (Exception, SystemExit) as error:  # of its own
+        raise InputError(f"cannot import {module_name!r} of {name!r}, {located(error)}") from error
     factory = getattr(module, factory_name, None)
     if not callable(factory):
         names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
@@ -60,11 +62,17 @@ def made(name: str, **options) -> ParallelEnv:
     try:
         return factory(**options)
     except (Exception, SystemExit) as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(at.filename).name}, line {at.lineno}"
-        reason = f"{type(error).__name__}: {error} ({where})"
         hint = "expected a callable that needs no arguments and makes the environment"
-        raise InputError(f"{name}() failed, {reason}\n{hint}") from error
+        raise InputError(f"{name}() failed, {located(error)}\n{hint}") from error
+
+
+def located(error: BaseException) -> str:
+    """An error and where it was raised, in a line."""
+    if isinstance(error, SyntaxError):  # which names its file and line
+        return f"{type(error).__name__}: {error}"
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(at.filename).name}, line {at.lineno}"
+    return f"{type(error).__name__}: {error} ({where})"
 
 
 def results_of(returned, names: tuple[str, ...], where: str) -> tuple:
@@ -112,9 +120,14 @@ class ParallelTeam:
                 "(pettingzoo.utils.aec_to_parallel converts an AECEnv)"
             )
         self.env, self.name = env, name
-        self.agents = list(getattr(env, "possible_agents", []))
+        possible = getattr(env, "possible_agents", [])
+        self.agents = list(possible)
         if not self.agents:
             raise InputError(f"{name!r} has no possible_agents, expected the names of its agents")
+        if isinstance(possible, set | frozenset) or len(set(self.agents)) < len(self.agents):
+            raise InputError(
+                f"{name!r} has possible_agents {possible}, expected a list of different names"
+            )
         with understood(f"{name!r}: the spaces of agents {self.agents}"):
             self.spaces = [env.action_space(agent) for agent in self.agents]
             seen = [env.observation_space(agent) for agent in self.agents]
@@ -129,10 +142,16 @@ class ParallelTeam:
                         space = space["observation"]
                 if not isinstance(space, Box):
                     raise InputError(f"{what}, expected a Box")
-                if kind == "action" and not space.is_bounded():
-                    raise InputError(f"{what}, expected finite bounds")
+                if kind == "action":
+                    size = space.high.astype(np.float64) - space.low
+                    if not (size <= np.finfo(np.float32).max).all():
+                        raise InputError(
+                            f"{what}, expected finite bounds, and float32 their distance"
+                        )
         seen = [space["observation"] if isinstance(space, Dict) else space for space in seen]
         self.obs_sizes = [int(np.prod(space.shape)) for space in seen]
+        if not any(self.obs_sizes):
+            raise InputError(f"{name!r}: its agents observe no number at all")
         self.num_agents = len(self.agents)
         self.obs_dim, self.own_obs = max(self.obs_sizes), own_entries(self.obs_sizes)
         if self.discrete:
@@ -184,13 +203,20 @@ class ParallelTeam:
     def reset(self, seed: int | None) -> np.ndarray:
         returned = self.env.reset(seed=seed)
         parts = ("observations", "infos")
-        observations, _ = results_of(returned, parts, f"{self.name!r}: reset")
+        observations, infos = results_of(returned, parts, f"{self.name!r}: reset")
         missing = [agent for agent in self.agents if agent not in observations]
         if missing:
             raise InputError(
                 f"{self.name!r}: reset gave no observation to agent {missing[0]!r}, "
                 "expected one for each of possible_agents"
             )
+        for agent in self.agents:
+            has_mask = isinstance(infos.get(agent), dict) and "action_mask" in infos[agent]
+            if has_mask and not isinstance(observations[agent], dict):
+                raise InputError(
+                    f"{self.name!r}: reset gave agent {agent!r} an action_mask in its info, "
+                    "expected observations of Dict(observation=..., action_mask=...)"
+                )
         return self._fill(observations)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
@@ -199,19 +225,30 @@ class ParallelTeam:
             starts = [int(space.start) for space in self.spaces]
             own = dict(zip(self.agents, (played + starts).tolist(), strict=True))
         else:
-            # rounding can carry a scaled action just over a bound, which some environments refuse
-            actions = np.clip(actions, self.action_low, self.action_high)
             own = {}
-            for i, agent in enumerate(self.agents):
-                space, size = self.spaces[i], self.action_sizes[i]
-                own[agent] = actions[i, :size].reshape(space.shape).astype(space.dtype)
+            for i, (agent, space) in enumerate(zip(self.agents, self.spaces, strict=True)):
+                its = actions[i, : self.action_sizes[i]].reshape(space.shape).astype(np.float64)
+                its = np.rint(its) if np.issubdtype(space.dtype, np.integer) else its
+                # rounding can carry an action just over a bound, which some environments refuse
+                own[agent] = np.clip(its, space.low, space.high).astype(space.dtype)
         parts = ("observations", "rewards", "terminations", "truncations", "infos")
         returned = results_of(self.env.step(own), parts, f"{self.name!r}: step")
         observations, rewards, terminations, truncations, _ = returned
         with understood(f"{self.name!r}: a flag that step gave"):
             truncated, ended = any(truncations.values()), any(terminations.values())
-        missing = any(agent not in observations for agent in self.agents)
-        terminated = ended or (missing and not truncated)
+        missing = [agent for agent in self.agents if agent not in observations]
+        terminated = ended or (bool(missing) and not truncated)
+        if missing and truncated and not ended:
+            note(
+                f"{self.name}: step gave no observation to agent {missing[0]!r} where the episode "
+                "was cut; the one before stands for its last"
+            )
+        strangers = [agent for agent in rewards if agent not in self.agents]
+        if strangers:
+            raise InputError(
+                f"{self.name!r}: step gave a reward to {strangers[0]!r}, which is none of the "
+                f"agents {self.agents}"
+            )
         reward = sum(self._reward(rewards.get(agent, 0.0)) for agent in self.agents)
         reward /= self.num_agents
         return self._fill(observations), reward, terminated, truncated

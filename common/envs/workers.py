@@ -175,7 +175,8 @@ class WorkerVecEnv(VecEnv):
                     start_new_session=True,  # Ctrl-C is for this process alone
                 )
                 self.processes.append(process)
-                self._tell(process, (self.task, self.split, sizes, number, share))
+                names = getattr(self.teams[0], "agents", None)
+                self._tell(process, (self.task, self.split, sizes, number, share, names))
             self.shared["orders"][0] = 1  # their first: to begin
             self._wait()
         if self.deployment is not None:
@@ -246,11 +247,14 @@ class WorkerVecEnv(VecEnv):
 def work(fd: int, parent: int) -> None:
     """A process: carries out orders until its parent is gone."""
     told = sys.stdin.buffer
-    task, split, sizes, number, share = pickle.load(told)
+    task, split, sizes, number, share, names = pickle.load(told)
     shared = shared_arrays(fd, sizes)
     orders, done = shared["orders"], shared["done"][number]
     mine = {name: shared[name][share] for name in ("actions", *RESULTS)}
     vec = make_vec(task, share.stop - share.start, 0, split)
+    found = getattr(vec.teams[0], "agents", None)
+    if found != names:
+        sys.exit(f"{task}: the order of its agents differs between processes: {names}, {found}")
     done[0] = 1
 
     def check() -> None:
