@@ -79,7 +79,7 @@ def simulator(task: str, split: str | None) -> Callable | None:
     envs.reset()
     if isinstance(envs, ParticleVecEnv) and task != "navigation":
         return lambda obs, actions: next_of_particles(task, obs, actions)
-    if isinstance(envs, MujocoVecEnv):
+    if isinstance(envs, MujocoVecEnv) and task.partition("-")[0] != "reacher":  # it has cosines
         return lambda obs, actions: next_of_mujoco(envs, obs, actions)
     return None
 
@@ -98,12 +98,12 @@ def next_of_mujoco(envs: MujocoVecEnv, obs: np.ndarray, actions: np.ndarray) -> 
     team, found = envs.teams[0], np.empty_like(obs)
     model = team.env.model
     left_out = model.nq + model.nv - envs.state_dim
-    state = np.empty(envs.state_dim)
+    state, real = np.empty(envs.state_dim), None if envs.seen is None else envs.seen >= 0
     for row, (its_obs, its_actions) in enumerate(zip(obs, actions, strict=True)):
         if envs.seen is None:
             state[:] = its_obs[0]
         else:
-            state[envs.seen] = its_obs
+            state[envs.seen[real]] = its_obs[real]  # the others pad smaller views
         qpos = np.concatenate([np.zeros(left_out), state[: model.nq - left_out]])
         envs.set_state(0, qpos, state[model.nq - left_out :])
         found[row] = team.step(its_actions)[0]

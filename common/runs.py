@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -44,6 +45,14 @@ def spread(returns: list[list[float]]) -> str:
     if len(returns) > 1:
         return f" +- {np.std([np.mean(r) for r in returns]):.1f} over seeds"
     return f" +- {np.std(returns[0]):.1f}"
+
+
+EVENTS = "events.out.tfevents."
+
+
+def given_name(path: Path) -> str:
+    """The end of the name by which TensorBoard's file was opened, whatever it is called now."""
+    return re.sub("^0{4}[0-9]{6}[.]", "", path.name.removeprefix(EVENTS))
 
 
 class Run:
@@ -154,17 +163,25 @@ class Run:
         """TensorBoard's files of every seed and how long they are."""
         for writer in self.writers:
             writer.flush()
-        files = [folder.glob("events.out.tfevents.*") for folder in self.folders]
-        return [{path.name: path.stat().st_size for path in paths} for paths in files]
+        files = [folder.glob(f"{EVENTS}*") for folder in self.folders]
+        return [{given_name(path): path.stat().st_size for path in paths} for paths in files]
 
     def _forget_events_after(self, events: list[dict[str, int]]) -> None:
-        """What was logged after the checkpoint is logged again."""
+        """What was logged after the checkpoint is logged again, in a file that TensorBoard reads
+        after the others: by their names, which begin with the second of the clock."""
         for folder, sizes in zip(self.folders, events, strict=True):
-            for path in folder.glob("events.out.tfevents.*"):
-                if path.name not in sizes:
+            kept = []
+            for path in sorted(folder.glob(f"{EVENTS}*")):
+                size = sizes.get(given_name(path))
+                if size is None:
                     path.unlink()
-                elif path.stat().st_size > sizes[path.name]:
-                    os.truncate(path, sizes[path.name])
+                    continue
+                if path.stat().st_size > size:
+                    os.truncate(path, size)
+                kept.append(path)
+            if kept and kept[-1].name >= f"{EVENTS}{int(time.time()):010d}":  # it was set back
+                for number, path in enumerate(kept):
+                    path.rename(folder / f"{EVENTS}{number:010d}.{given_name(path)}")
 
     def _log_arguments(self) -> None:
         """As a table, and as the hyperparameters that TensorBoard filters and sorts runs by."""

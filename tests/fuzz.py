@@ -82,7 +82,8 @@ def run_of(folder: Path, script: str = "otc_td3bc") -> tuple[Path, list]:
 
 
 def checkpoint_files(folder: Path, numbers: range) -> None:
-    """A damaged one equals the whole or is refused; a resumed run ends or is refused."""
+    """A damaged one equals the whole or is refused; a run that is resumed from every tenth ends
+    with the numbers of before, or is refused."""
     runs, argv = run_of(folder)
     assert launched(argv, "otc_td3bc") == 0
     (run,) = runs.iterdir()
@@ -91,6 +92,11 @@ def checkpoint_files(folder: Path, numbers: range) -> None:
     for number in numbers:
         print(number, flush=True)
         path.write_bytes(damaged(whole, np.random.default_rng(number)))
+        if number % 10 == 0:
+            returns = (run / "returns.csv").read_bytes()
+            assert launched(["--resume", str(run)], "otc_td3bc") in (0, 2)
+            assert (run / "returns.csv").read_bytes() == returns
+            path.write_bytes(damaged(whole, np.random.default_rng(number)))
         try:
             state = checkpoints.read_checkpoint(str(run), "checkpoint.pt", "otc_td3bc")
         except InputError:
@@ -103,6 +109,7 @@ def checkpoint_files(folder: Path, numbers: range) -> None:
 VALUES = ["0", "-1", "1", "2", "3", "0.5", "1e-300", "1e18", "1e300", "nan", "inf", "-inf", ""]
 VALUES += ["abc", "None", "9" * 30, "1000000000", "True", "ü", "../..", "~nobody/x"]
 # What a number as large as these would only make last for hours, or load the machine
+LARGE = ("1e18", "1000000000")
 LASTING = ("_updates", "_every", "deployment", "episodes", "threads", "env_workers", "elites")
 LASTING += ("rollout", "iterations", "rounds", "seeds", "clone")
 
@@ -113,12 +120,12 @@ def flags(folder: Path, numbers: range) -> None:
         random = np.random.default_rng(number)
         script = names[number % len(names)]
         fields = dataclasses.fields(importlib.import_module(script).Args)
-        field = fields[random.integers(len(fields))].name
-        value = VALUES[random.integers(len(VALUES))]
-        if field in ("device", "track", "run_dir", "cuda_graph"):
-            continue
-        if value in ("1e18", "1000000000") and any(name in field for name in LASTING):
-            continue
+        while True:
+            field = fields[random.integers(len(fields))].name
+            value = VALUES[random.integers(len(VALUES))]
+            lasts = value in LARGE and any(name in field for name in LASTING)
+            if field not in ("device", "track", "run_dir", "cuda_graph") and not lasts:
+                break
         print(number, script, field, repr(value), flush=True)
         with tempfile.TemporaryDirectory(dir=folder) as where:
             _, argv = run_of(Path(where), script)

@@ -332,12 +332,11 @@ def only(folder, pattern="*"):
 
 
 def logged(folder):
-    """{tag: events} of a run's TensorBoard, in the order in which its files were opened: by their
-    names events.out.tfevents.SECOND.HOST.PID.COUNTER, which as texts have 10 before 9."""
+    """{tag: events} of a run's TensorBoard, in the order in which TensorBoard reads its files: of
+    their names as texts."""
     found = {}
-    paths = (path.name.split(".") for path in folder.glob("events.out.tfevents.*"))
-    for parts in sorted(paths, key=lambda parts: (int(parts[3]), int(parts[-1]))):
-        accumulator = EventAccumulator(str(folder / ".".join(parts)))
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        accumulator = EventAccumulator(str(path))
         accumulator.Reload()
         for tag in accumulator.Tags()["scalars"]:
             found.setdefault(tag, []).extend(accumulator.Scalars(tag))

@@ -24,6 +24,8 @@ from tests.tiny_task import ENV
         ("hopper-medium", None),
         ("walker2d-random", "6x1"),
         ("halfcheetah-local-random", None),
+        ("ant-random", None),
+        ("ant-local-random", None),
         ("predator-prey-random", None),
         ("cooperative-navigation-3-random", None),
     ],
@@ -54,6 +56,7 @@ def test_the_winds_simulator_has_its_policy():
 
 def test_tasks_with_a_hidden_state_have_no_simulator():
     assert correction.simulator("navigation", None) is None  # its force is not observed
+    assert correction.simulator("reacher-full", None) is None  # angles are seen as cosines
     assert correction.simulator(ENV, None) is None
 
 

@@ -1065,16 +1065,22 @@ def test_a_full_shared_memory_is_replaced_by_the_disk(monkeypatch):
         vec.close()
 
 
-def test_a_worker_whose_parent_is_killed_ends():
+@pytest.mark.parametrize("delay", [0, 0.2, 0.6, 3])
+def test_a_worker_whose_parent_is_killed_ends(delay):
+    """Also one that is just starting: after 3 s it steps, or waits for orders."""
     code = (
-        "from common.envs import make_vec\nimport time\n"
-        f"vec = make_vec({ENV!r}, 4, 0, num_workers=1)\nvec.reset()\n"
-        "print(vec.processes[0].pid, flush=True)\ntime.sleep(60)"
+        "from common.envs import make_vec\nimport subprocess, time\n"
+        "class Popen(subprocess.Popen):\n"
+        "    def __init__(self, *args, **kwargs):\n"
+        "        super().__init__(*args, **kwargs)\n        print(self.pid, flush=True)\n"
+        "subprocess.Popen = Popen\n"
+        f"vec = make_vec({ENV!r}, 4, 0, num_workers=1)\nvec.reset()\ntime.sleep(60)"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     pid = int(parent.stdout.readline())
+    time.sleep(delay)
     parent.kill()
     parent.wait()
     for _ in range(100):

@@ -1,5 +1,6 @@
 """What every script must do: whole runs, resuming, bad input."""
 
+import contextlib
 import csv
 import dataclasses
 import importlib
@@ -15,6 +16,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from common import checkpoints, runs
 from common.device import Graphed
@@ -301,6 +303,30 @@ def test_a_run_that_dies_again_and_again_ends_where_the_unbroken_one_does(
         assert_same(*values)
     for name in ("offline.pt", "checkpoint.pt"):
         assert_same(*(state_of(f[0] / name) for f in (whole, broken)))
+
+
+@pytest.mark.parametrize("flags", [(), ("--offline-updates", 0)])
+@pytest.mark.parametrize("back", [0, 7200])
+def test_every_point_is_logged_once_and_in_order(tmp_path, monkeypatch, data, flags, back):
+    """Whatever the clock says, of a run that is stopped twice; also without pi^0's updates."""
+    argv = ["--env", ENV, "--dataset", data, *tiny("otc_td3bc"), *flags]
+    run(monkeypatch, "otc_td3bc", *argv, "--run-dir", tmp_path / "unbroken")
+    options, clock = [*argv, "--run-dir", tmp_path / "broken"], time.time
+    for life in range(3):
+        with monkeypatch.context() as patch, contextlib.suppress(SystemExit):
+            patch.setattr(time, "time", lambda life=life: clock() - life * back)
+            if life < 2:
+                end_life(patch, None, "SIGTERM", 8)
+            run(patch, "otc_td3bc", *options)
+        options = ["--resume", only(tmp_path / "broken")]
+    whole, broken = only(tmp_path / "unbroken"), only(tmp_path / "broken")
+    assert (broken / "returns.csv").read_bytes() == (whole / "returns.csv").read_bytes()
+    assert logged_steps(broken) == logged_steps(whole)
+    assert all(steps == sorted(set(steps)) for steps in logged_steps(broken).values())
+    together = EventAccumulator(str(broken), size_guidance={"scalars": 0})
+    together.Reload()
+    for tag, steps in logged_steps(whole).items():
+        assert [event.step for event in together.Scalars(tag)] == steps, tag
 
 
 @pytest.mark.parametrize("script", sorted(set(SCRIPTS) - set(WITH_OTC)))

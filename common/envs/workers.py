@@ -247,7 +247,10 @@ class WorkerVecEnv(VecEnv):
 def work(fd: int, parent: int) -> None:
     """A process: carries out orders until its parent is gone."""
     told = sys.stdin.buffer
-    task, split, sizes, number, share, names = pickle.load(told)
+    try:
+        task, split, sizes, number, share, names = pickle.load(told)
+    except (EOFError, pickle.UnpicklingError):  # its parent was killed meanwhile
+        sys.exit()
     shared = shared_arrays(fd, sizes)
     orders, done = shared["orders"], shared["done"][number]
     mine = {name: shared[name][share] for name in ("actions", *RESULTS)}
