@@ -14,11 +14,12 @@ For a logged transition (s, a_i, s') of agent i, in the world of the policies th
   is blind.
 
 dev and disc are means over the offline transitions that a draw picks, as are own_dev (the own
-logged action's squared difference from the present policy's), value (V(s) of the present policy)
-and reward; online is the share of online transitions in the draw. Every draw is judged on the same
-minibatches, whatever the run's own strategy was; the oracle's ranks by dev, or by disc where there
-is one agent. MuJoCo's states are rebuilt from the observations, particles start from theirs; other
-tasks have no disc and no auc.
+logged action's squared difference from the present policy's), value (V(s) of the present policy),
+td_error (|r + gamma V(s') - Q(s, a_i)|, how surprising it is) and reward; online is the share of
+online transitions in the draw. Every draw is judged on the same minibatches, whatever the run's own
+strategy was; the oracle's ranks by dev, or by disc where there is one agent. MuJoCo's states are
+rebuilt from the observations, particles start from theirs; other tasks have no disc and no auc, and
+where nothing is known there is no oracle.
 """
 
 import dataclasses
@@ -47,7 +48,7 @@ DISTANCES = {
     "raw": {"distance": "raw"},
     "residual": {"distance": "residual"},
 }
-MEASURES = ("dev", "disc", "auc", "online", "own_dev", "value", "reward")
+MEASURES = ("dev", "disc", "auc", "online", "own_dev", "value", "td_error", "reward")
 
 
 @dataclass
@@ -193,8 +194,8 @@ class Moment:
 
     @torch.no_grad()
     def today(self, index: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
-        """dev, disc, own_dev, value and reward of transitions (G, n), and the indices (G, n) of
-        the same (s, a_i) with the next states of today's dynamics; None without a simulator."""
+        """dev, disc, own_dev, value, td_error and reward of transitions (G, n), and the indices of
+        the same (s, a_i) with the next states of today's dynamics, (G, n); None: no simulator."""
         replay, N, G = self.replay, self.replay.num_agents, self.replay.num_groups
         team = replay.gather_team(index)
         logged, obs = team["actions"], team["obs"]
@@ -206,6 +207,10 @@ class Moment:
             "value": self.agent.value(obs[:, :, 0].contiguous()),
             "reward": team["rewards"],
         }
+        batch = replay.gather(index)
+        after = (1 - batch["terminations"]) * self.agent.value(batch["next_obs"])
+        q = self.agent.q_value(batch["obs"], batch["actions"])
+        found["td_error"] = (batch["rewards"] + self.args.gamma * after - q).abs()
         if self.simulate is None:
             return found, None
         actions = present.clone()

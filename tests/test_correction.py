@@ -168,7 +168,7 @@ def test_who_sees_the_next_state_corrects_the_dynamics_as_far_as_ranks_can():
     assert uniform == pytest.approx((p * np.log(p / 0.5)).sum(1).mean(), abs=0.01)
     assert exact < 0.2 * uniform
     assert kls["raw"] == pytest.approx(exact, abs=0.015)
-    assert kls["two-stage"] < 0.5 * uniform
+    assert kls["two-stage"] < 0.5 * uniform and kls["residual"] < 0.2 * uniform
     # One mean for both hardly looks at s', and untrained values know nothing
     assert kls["embedding"] > 0.8 * uniform and kls["value"] > 3 * exact
 
@@ -194,7 +194,8 @@ def test_a_run_is_measured(tmp_path, monkeypatch, data, capsys):
     draws = ["uniform", *correction.DISTANCES, "nearest (s, a)", "oracle"]
     assert len(rows) == 2 * 2 * 2 * len(draws) and {row["draw"] for row in rows} == set(draws)
     for row in rows:
-        assert np.isfinite([float(row[k]) for k in ("dev", "own_dev", "value", "reward")]).all()
+        measured = ("dev", "own_dev", "value", "td_error", "reward")
+        assert np.isfinite([float(row[k]) for k in measured]).all() and float(row["td_error"]) > 0
         assert row["auc"] == row["disc"] == "nan" and 0 <= float(row["online"]) <= 1
     for name in ("k", "seed", "agent"):
         assert len({row[name] for row in rows}) == 2

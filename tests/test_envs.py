@@ -80,6 +80,11 @@ def test_parallel_api(task, recwarn):
     assert not [w for w in recwarn if "gent" in str(w.message)]
 
 
+@pytest.mark.parametrize("task", [t for t in TASKS if TASKS[t].family not in ("smac", "smax")])
+def test_every_task_says_how_long_an_episode_is(task):
+    assert parallel_env(task).max_episode_steps == make_vec(task, 1, 0).max_episode_steps
+
+
 def test_parallel_env_equals_vec():
     env, vec = parallel_env("hopper"), make_vec("hopper", 1, 5)
     seed = int(np.random.SeedSequence(5).generate_state(1)[0])

@@ -16,6 +16,7 @@ import time
 import types
 from pathlib import Path
 
+import filelock
 import h5py
 import numpy as np
 import pytest
@@ -986,6 +987,35 @@ def test_a_full_disk_ends_in_words_and_leaves_the_last_checkpoint(
     monkeypatch.setattr(os, "replace", replace)
     run(monkeypatch, "otc_td3bc", "--resume", folder)
     assert (folder / "returns.csv").read_text().count("\n") == 4
+
+
+def test_a_folder_that_goes_while_it_is_written_is_said(tmp_path, monkeypatch, capsys, argv):
+    replace = os.replace
+
+    def gone(source, target):
+        if Path(target).name == "checkpoint.pt":
+            shutil.rmtree(Path(target).parent)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", gone)
+    assert "No such file or directory" in refused(capsys, run, monkeypatch, "otc_td3bc", *argv)
+
+
+@pytest.mark.parametrize("error", [OSError(95, "Operation not supported"), NotImplementedError()])
+def test_a_file_system_without_locks_is_no_hindrance(tmp_path, monkeypatch, argv, error):
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    run(monkeypatch, "otc_td3bc", *argv)
+    assert (only(tmp_path / "runs") / "returns.csv").read_text().count("\n") == 4
+
+
+def test_a_pipe_and_a_name_without_end_are_no_files(tmp_path, monkeypatch, capsys, argv):
+    os.mkfifo(tmp_path / "pipe.hdf5")
+    for name in (tmp_path / "pipe.hdf5", tmp_path / f"{'x' * 5000}.hdf5"):
+        argv[3] = name
+        assert str(name)[:40] in refused(capsys, run, monkeypatch, "otc_td3bc", *argv)
 
 
 @pytest.mark.parametrize("writes", [12, 93])

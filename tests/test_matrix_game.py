@@ -8,7 +8,7 @@ from pettingzoo.test import parallel_api_test
 import bc
 import iql
 import maiql
-from common import InputError
+from common import InputError, loop
 from common.datasets import load
 from common.datasets.makers.matrix_game import P_RIGHT
 from common.envs import make_vec, normalized_score, parallel_env
@@ -96,9 +96,13 @@ def trained(module, learner, task, quality, num_updates=300, **options):
 
 @pytest.mark.parametrize("quality", P_RIGHT)
 def test_clones_take_over_the_datas_shares(quality):
-    _, p = trained(bc, bc.BC, "coordination-game", quality)
+    agent, p = trained(bc, bc.BC, "coordination-game", quality)
     expected = torch.tensor(P_RIGHT[quality] * 2)
     torch.testing.assert_close(p[:, 1], expected, atol=0.04, rtol=0)
+    if quality != "neutral":  # there it is chance which side is the likelier
+        envs = make_vec("coordination-game", 2 * 3, 0)
+        played = loop.episode_returns(envs, agent, 2, 0, torch.device("cpu"))
+        assert played == [[float(quality == "favourable")] * 3] * 2
 
 
 def test_one_agent_with_joint_actions_reaches_the_optimum():

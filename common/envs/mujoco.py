@@ -173,6 +173,7 @@ class MujocoParallelEnv(ParallelEnv):
     def __init__(self, task: str, split: str | None = None, render_mode: str | None = None):
         self.env = make_single(task, render_mode)
         self.render_mode = render_mode
+        self.max_episode_steps = self.env.spec.max_episode_steps
         space = self.env.action_space
         num_agents, joints = parse_split(task, split, space.shape[0])
         self.actuators = actuators_of(task, space.shape[0])
