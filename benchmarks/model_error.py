@@ -111,7 +111,8 @@ def measure(args: Args, folder: str) -> list[dict]:
             starts = sequences(elapsed, length, first, args.sequences)
             found = errors(agent, team, starts, length) if len(starts) else []
             for row, s in itertools.product(found, seeds):
-                of = {"env": run.env, "seed": run.seed + s, "actions": actions}
+                of = {"run": folder, "env": run.env, "model_updates": run.model_updates}
+                of |= {"seed": run.seed + s, "actions": actions}
                 of |= {"begins": "episode" if first else "later", "sequences": len(starts)}
                 rows.append(of | {k: v if k == "step" else v[s].item() for k, v in row.items()})
     return rows
