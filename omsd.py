@@ -111,8 +111,8 @@ class Args(OfflineArgs):
         super().check()
         if self.policy_updates >= self.offline_updates:
             raise InputError(
-                f"--policy-updates {self.policy_updates}: expected less than --offline-updates "
-                f"{self.offline_updates}, whose first ones train critics and denoisers"
+                f"--policy-updates {self.policy_updates}: less than --offline-updates "
+                f"{self.offline_updates} are expected, whose first ones train critics and denoisers"
             )
         t_max = preset(self)["t_max"]
         if self.t_min > t_max:
