@@ -51,8 +51,9 @@ def write_csv(path: str, rows: list[dict]) -> None:
 
 
 def write_json(path: str, record: dict) -> None:
-    """Raw numbers with what they were measured on."""
-    write(path, json.dumps(record, indent=1, default=str) + "\n")
+    """Raw numbers with what they were measured on, whose arguments are kept but for this file."""
+    args = {name: value for name, value in record["args"].items() if name != "json"}
+    write(path, json.dumps(record | {"args": args}, indent=1, default=str) + "\n")
 
 
 def check_outputs(*paths: str | None, figure: str | None = None, flag: str = "--figure") -> None:

@@ -29,7 +29,7 @@ BUILT_IN = "built-in"
 COEFFICIENT_0 = " --omar-coefficient 0"
 CENTRALISED = " --critic centralised"
 FINETUNE = " --finetune"
-COLUMNS = ("mean_return", "std_return", "normalized_score")
+COLUMNS = ("episodes", "mean_return", "std_return", "normalized_score")
 
 
 @dataclass
@@ -56,7 +56,7 @@ def main(args: Args) -> None:
             run = checkpoints.read_record(path.parent)
             if run["args"].get("offline_checkpoint"):  # the policy of another run
                 continue
-            first = next(iter(checkpoints.read_returns(path.parent, "episodes", *COLUMNS)), None)
+            first = next(iter(checkpoints.read_returns(path.parent, *COLUMNS)), None)
             if first is None:
                 continue
             env, dataset = run["args"]["env"], run["args"].get("dataset", BUILT_IN)

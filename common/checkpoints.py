@@ -167,17 +167,9 @@ def check_same(was: dict, args, names, what: str) -> None:
             raise InputError(f"{what}: the checkpoint was trained with {asked}")
 
 
-def check_task(checkpoint: dict, now: str, what: str) -> None:
-    """Raises InputError unless an own task has the agents, in their order, and the time limit of
-    when the checkpoint was written."""
-    was = checkpoint.get("task", now)
+def check_unchanged(checkpoint: dict, name: str, now: str, what: str) -> None:
+    """Raises InputError unless the `data`, `TeamDataset.fingerprint`, or the `task`, named agents
+    in their order and the time limit, is the checkpoint's."""
+    was = checkpoint.get(name) or ""
     if was != now:
-        raise InputError(f"{what}: the task is not what it was: {now}, {was} then")
-
-
-def check_data(checkpoint: dict, now: str, what: str) -> None:
-    """Raises InputError unless the data, `TeamDataset.fingerprint`, is the one that the checkpoint
-    was trained on."""
-    was = checkpoint.get("data")
-    if was != now:
-        raise InputError(f"{what}: the data is not what it was: {now}, {was} then")
+        raise InputError(f"{what}: the {name} is not what it was: {now}, {was} then")

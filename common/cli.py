@@ -239,8 +239,7 @@ def parse(args_type: type, argv: list[str] | None = None, description: str | Non
     if args.resume is not None:
         record = checkpoints.read_record(args.resume)
         if is_of_another(record, args_type):
-            name = record.get("script") or "another script"
-            raise InputError(f"{args.resume} is a run of {name}, not of this script")
+            raise InputError(f"{args.resume} is a run of {record['script']}, not of this script")
         its = checkpoints.args_of(args.resume, args_type)
         stored = dataclasses.replace(its, resume=args.resume)
         check_types(stored, f"{args.resume}/args.json")
@@ -301,7 +300,7 @@ def described(args_type: type) -> dict[str, tuple[str, str]]:
 
 def is_of_another(record: dict, args_type: type) -> bool:
     """Whether a run's record is of another script than the one whose arguments these are."""
-    return record.get("script") not in (None, Path(inspect.getfile(args_type)).stem)
+    return record["script"] != Path(inspect.getfile(args_type)).stem
 
 
 def with_those_of(args, folder: str):

@@ -43,7 +43,7 @@ class Training:
         self.data, self.data_return = dataset.fingerprint(), dataset.mean_return()
         if self.checkpoint is not None:
             what = "--offline-checkpoint" if args.resume is None else "--resume"
-            checkpoints.check_data(self.checkpoint, self.data, what)
+            checkpoints.check_unchanged(self.checkpoint, "data", self.data, what)
         self.discrete = dataset.discrete
         S, task = args.num_seeds, datasets.parse_env(args.env)[0]
         self.num_steps = cli.deployment_steps(args, len(dataset.rewards))  # M
@@ -51,10 +51,10 @@ class Training:
             make_vec(task, num_envs, args.seed, args.split, args.env_workers)
             for num_envs in (S, args.eval_episodes * S)
         )
-        names = getattr(next(iter(self.envs.teams), None), "agents", "")  # of an own task
-        self.task = f"agents {names}, at most {self.envs.max_episode_steps} steps" if names else ""
+        names, longest = self.envs.agents, self.envs.max_episode_steps
+        self.task = "" if names is None else f"agents {names}, at most {longest} steps"
         if self.checkpoint is not None:
-            checkpoints.check_task(self.checkpoint, self.task, what)
+            checkpoints.check_unchanged(self.checkpoint, "task", self.task, what)
         self.shape = S, self.envs.num_agents
         self.sizes = S * self.envs.num_agents, self.envs.obs_dim, self.envs.action_dim
         torch.manual_seed(args.seed)

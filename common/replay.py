@@ -23,6 +23,7 @@ from common import InputError
 from common.datasets import TeamDataset
 
 COLUMNS = ("obs", "actions", "rewards", "next_obs", "terminations")
+STORED = (*COLUMNS, "truncations")
 
 
 class Replay:
@@ -335,7 +336,7 @@ class Replay:
         """
         last = self.num_offline + self.num_online - 1
         after = self.gather(torch.minimum(index + 1, last), ("obs", "actions"))
-        batch = self.gather(index, (*COLUMNS, "truncations"))
+        batch = self.gather(index, STORED)
         goes_on = (batch["next_obs"] == after["obs"]).all(2) & (index < last)
         ended = torch.maximum(batch["terminations"], batch.pop("truncations"))
         batch["next_actions"] = after["actions"]
@@ -360,8 +361,7 @@ class Replay:
         """The online data collected so far; the offline data is loaded anew."""
         size = int(self.num_online)
         state = {
-            name: self._online_rows(getattr(self, name))[:, :, :size].clone()
-            for name in (*COLUMNS, "truncations")
+            name: self._online_rows(getattr(self, name))[:, :, :size].clone() for name in STORED
         }
         explorer = self.explorer[:, :size].clone()
         return {**state, "explorer": explorer, "num_online": self.num_online.clone()}
@@ -369,7 +369,7 @@ class Replay:
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Put back what `state_dict` returned. Raises ValueError for other shapes."""
         size = int(state["num_online"])
-        for name in (*COLUMNS, "truncations"):
+        for name in STORED:
             shape = self._online_rows(getattr(self, name))[:, :, :size].shape
             if state[name].shape != shape:
                 raise ValueError(f"{name} of shape {tuple(state[name].shape)}, not {tuple(shape)}")

@@ -417,7 +417,7 @@ class Run:
             lines.append(f"{name:>12}" + "".join(f"{x:{w}.1f}{e}" for x, w, e in cells))
         print("\n" + "\n".join(lines))
         more = f" and {len(self.seeds) - 1} more" if len(self.seeds) > 1 else ""
-        base, folder = (quote(str(path)) for path in (self.args.run_dir, self.folders[0]))
+        base, folder = (quote(str(x)) for x in (expanded(self.args.run_dir), self.folders[0]))
         print(f"\n{self.folders[0]}{more}\nnext: tensorboard --logdir {base}")
         for package, command in NEXT.items():
             if find_spec(package):  # a script copied with common/ has neither

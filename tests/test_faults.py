@@ -1153,7 +1153,9 @@ def test_what_is_printed_can_be_copied(tmp_path, argv, monkeypatch, capsys):
     argv[argv.index("--run-dir") + 1] = "~/my runs"
     run(monkeypatch, "otc_td3bc", *argv)
     folder = only(home / "my runs")
-    assert f"tools.render --run '{folder}' --out" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"tools.render --run '{folder}' --out" in printed
+    assert f"tensorboard --logdir '{home / 'my runs'}'" in printed  # a shell expands no quoted ~
 
 
 def test_numpys_numbers_and_paths_are_arguments_too(tmp_path, data):

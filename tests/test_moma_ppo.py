@@ -708,3 +708,7 @@ def test_a_run_goes_on_with_the_flags_it_was_given(monkeypatch, tmp_path):
     act, begin = render.trained_policy(str(folder), make_vec("coordination-game", 1, 0))
     begin()
     assert act(np.zeros((2, 3), np.float32)).shape == (2, 2)
+    path = tmp_path / "error.csv"  # of discrete actions too
+    model_error.main(model_error.Args((str(folder),), str(path), episodes=5))
+    with open(path) as file:
+        assert {(r["begins"], r["step"]) for r in csv.DictReader(file)} == {("episode", "1")}

@@ -19,8 +19,7 @@ import inspect
 import math
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from numbers import Real
@@ -87,17 +86,15 @@ def results_of(returned, names: tuple[str, ...], where: str) -> tuple:
     return returned
 
 
-@contextmanager
-def understood(what: str) -> Iterator[None]:
-    """Raises InputError where what an environment gave, `what`, is of another kind than expected
-    inside."""
-    try:
-        yield
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        text = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"{what} cannot be used, {text}") from error
+MISFITS = (TypeError, ValueError, KeyError, AttributeError)  # of what is of another kind
+
+
+def unusable(what: str, error: Exception) -> InputError:
+    """What to raise for `what` an environment gave, where reading it ended in one of MISFITS."""
+    if isinstance(error, InputError):  # which says it already
+        return error
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    return InputError(f"{what} cannot be used, {text}")
 
 
 @cache
@@ -128,9 +125,11 @@ class ParallelTeam:
             raise InputError(
                 f"{name!r} has possible_agents {possible}, expected a list of different names"
             )
-        with understood(f"{name!r}: the spaces of agents {self.agents}"):
+        try:
             self.spaces = [env.action_space(agent) for agent in self.agents]
             seen = [env.observation_space(agent) for agent in self.agents]
+        except MISFITS as error:
+            raise unusable(f"{name!r}: the spaces of agents {self.agents}", error) from error
         self.discrete = any(isinstance(space, Discrete) for space in self.spaces)
         for agent, *spaces in zip(self.agents, seen, self.spaces, strict=True):
             for kind, space in zip(("observation", "action"), spaces, strict=True):
@@ -228,14 +227,16 @@ class ParallelTeam:
             own = {}
             for i, (agent, space) in enumerate(zip(self.agents, self.spaces, strict=True)):
                 its = actions[i, : self.action_sizes[i]].reshape(space.shape).astype(np.float64)
-                its = np.rint(its) if np.issubdtype(space.dtype, np.integer) else its
+                its = np.rint(its) if space.dtype.kind in "iu" else its
                 # rounding can carry an action just over a bound, which some environments refuse
                 own[agent] = np.clip(its, space.low, space.high).astype(space.dtype)
         parts = ("observations", "rewards", "terminations", "truncations", "infos")
         returned = results_of(self.env.step(own), parts, f"{self.name!r}: step")
         observations, rewards, terminations, truncations, _ = returned
-        with understood(f"{self.name!r}: a flag that step gave"):
+        try:
             truncated, ended = any(truncations.values()), any(terminations.values())
+        except MISFITS as error:
+            raise unusable(f"{self.name!r}: a flag that step gave", error) from error
         missing = [agent for agent in self.agents if agent not in observations]
         terminated = ended or (bool(missing) and not truncated)
         if missing and truncated and not ended:
@@ -258,8 +259,10 @@ class ParallelTeam:
         if reward is None or np.size(reward) != 1:
             what = "None" if reward is None else f"shape {np.shape(reward)}"
             raise InputError(f"{self.name!r}: step gave a reward of {what}, expected one number")
-        with understood(f"{self.name!r}: the reward {reward!r} that step gave"):
+        try:
             return float(np.reshape(reward, ()))
+        except MISFITS as error:
+            raise unusable(f"{self.name!r}: the reward {reward!r} that step gave", error) from error
 
     def set_deployment(self, k: int, num_deployments: int) -> None:
         """See `VecEnv.set_deployment`: handed to the environment, if it has this method."""
@@ -271,7 +274,7 @@ class ParallelTeam:
         for i, agent in enumerate(self.agents):
             if agent not in observations:
                 continue
-            with understood(f"{self.name!r}: the observation that agent {agent!r} got"):
+            try:
                 seen = observations[agent]
                 if self.discrete:
                     is_dict = isinstance(seen, dict)
@@ -279,6 +282,9 @@ class ParallelTeam:
                     self.obs[i, self.num_features :] = self._sized(legal, self.action_sizes[i])
                     seen = seen["observation"] if is_dict else seen
                 self.obs[i, : self.obs_sizes[i]] = self._sized(seen, self.obs_sizes[i])
+            except MISFITS as error:
+                what = f"{self.name!r}: the observation that agent {agent!r} got"
+                raise unusable(what, error) from error
         return self.obs
 
     def _sized(self, values, size: int) -> np.ndarray:

@@ -23,6 +23,7 @@ class VecEnv:
     # sizes differ and the smaller ones are padded; see `own_entries`
     own_obs = own_actions = None
     reference_returns: tuple[float, float] | None = None  # of score 0 and 100, of an own task
+    agents: list | None = None  # the names of a PettingZoo task's, in their order
 
     def __init__(self, teams: Sequence, seed: int):
         self.teams = teams
@@ -36,6 +37,7 @@ class VecEnv:
         self.own_obs = getattr(teams[0], "own_obs", None)
         self.own_actions = getattr(teams[0], "own_actions", None)
         self.reference_returns = getattr(teams[0], "reference_returns", None)
+        self.agents = getattr(teams[0], "agents", None)
         unit_box = bool((self.action_low == -1).all() and (self.action_high == 1).all())
         self.unit_box = unit_box or self.discrete  # actions are played as the learners have them
         self.first_seed = seed

@@ -175,8 +175,7 @@ class WorkerVecEnv(VecEnv):
                     start_new_session=True,  # Ctrl-C is for this process alone
                 )
                 self.processes.append(process)
-                names = getattr(self.teams[0], "agents", None)
-                self._tell(process, (self.task, self.split, sizes, number, share, names))
+                self._tell(process, (self.task, self.split, sizes, number, share, self.agents))
             self.shared["orders"][0] = 1  # their first: to begin
             self._wait()
         if self.deployment is not None:
@@ -248,16 +247,16 @@ def work(fd: int, parent: int) -> None:
     """A process: carries out orders until its parent is gone."""
     told = sys.stdin.buffer
     try:
-        task, split, sizes, number, share, names = pickle.load(told)
+        task, split, sizes, number, share, agents = pickle.load(told)
     except (EOFError, pickle.UnpicklingError):  # its parent was killed meanwhile
         sys.exit()
     shared = shared_arrays(fd, sizes)
     orders, done = shared["orders"], shared["done"][number]
     mine = {name: shared[name][share] for name in ("actions", *RESULTS)}
     vec = make_vec(task, share.stop - share.start, 0, split)
-    found = getattr(vec.teams[0], "agents", None)
-    if found != names:
-        sys.exit(f"{task}: the order of its agents differs between processes: {names}, {found}")
+    if vec.agents != agents:
+        what = f"{task}: the order of its agents differs between processes"
+        sys.exit(f"{what}: {agents}, {vec.agents}")
     done[0] = 1
 
     def check() -> None:
