@@ -31,7 +31,7 @@ class Args:
     table: str | None = None
     """CSV file for the printed tables, with all their intervals"""
     out: str | None = None
-    """PNG file for curves and performance profiles (needs matplotlib, requirements-dev.txt)"""
+    """PNG file for curves and performance profiles"""
     baseline: str | None = None
     """strategy that its script's others are compared with, or a method's whole name as printed,
     that all are compared with; default: uniform, where there is one"""
@@ -543,8 +543,8 @@ def main(args: Args) -> None:
         write_csv(args.csv, [first | row for first, rows in columns for row in rows])
     if args.table:
         write_csv(args.table, table)
-    if args.out:
-        draw(args.out, cells, parts, base, args)
+    if args.out:  # of one task, its own curves say it all
+        draw(args.out, cells, parts[-1:] if len(tasks) == 1 else parts, base, args)
 
 
 if __name__ == "__main__":

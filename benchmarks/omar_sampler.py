@@ -21,7 +21,7 @@ class Args:
     csv: str | None = None
     """file for the shares"""
     figure: str | None = None
-    """PNG file (needs matplotlib, requirements-dev.txt)"""
+    """PNG file"""
     start: float = -0.4
     """the policies' action"""
     states: int = 1000

@@ -348,6 +348,24 @@ def test_a_figures_legend_names_all_methods(tmp_path, said, monkeypatch):
     assert [label.split(",")[0] for label in labels] == ["balanced", "uniform"]
 
 
+def test_a_figure_of_one_task_shows_it_once(tmp_path, said, monkeypatch):
+    from matplotlib.figure import Figure
+
+    for sampling in ("uniform", "balanced"):
+        for seed in range(1, 6):
+            fake_run(tmp_path, seed, [1.0, 2.0 + seed], sampling=sampling)
+    titles, savefig = [], Figure.savefig
+
+    def kept(figure, *args, **options):
+        titles.extend(axis.get_title() for axis in figure.axes)
+        return savefig(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    said(tmp_path, "--out", tmp_path / "figure.png", "--resamples", "100")
+    task = "hopper-medium"
+    assert titles == [task, f"{task}, paired with uniform", f"{task}: performance profile"]
+
+
 def test_tasks_without_scores_have_tables_of_returns(tmp_path, said):
     for seed in range(1, 6):
         run = fake_run(tmp_path, seed, [1.0, 2.0])
