@@ -73,9 +73,10 @@ class _Holder:
 
 
 @pytest.mark.parametrize("script", WITH_OTC)
-def test_the_draw_is_that_of_the_products_of_all_groups_at_once(script, monkeypatch):
+def test_the_distance_is_that_of_the_products_of_all_groups_at_once(script, monkeypatch):
     """Values of 700 candidates and 800 references by the path for many rows, in float64, where no
-    rounding decides between neighbours."""
+    rounding decides between neighbours. Not their draw: a rounding decides which of the candidates
+    that match themselves comes first."""
     replay = Replay(random_team(2000), 2, 1, 900)
     add_deployment(replay)
     for name in ("obs", "next_obs", "actions", "rewards", "terminations"):
@@ -85,11 +86,12 @@ def test_the_draw_is_that_of_the_products_of_all_groups_at_once(script, monkeypa
     agent = agent.double()
     if script in WITH_SCALES:
         set_scales(agent)
-    agent.args.batch_size = 128
     strategy = strategies.make(replay, agent.args, importlib.import_module(script).OTC)
-    drawn = []
+    index = replay.draw_merged(700), replay.draw_latest(800)
+    distances = []
     for forward in (Stack.forward, at_once):
         monkeypatch.setattr(Stack, "forward", forward)
         torch.manual_seed(1)
-        drawn.append(torch.stack([strategy.draw(agent) for _ in range(3)]))
-    assert torch.equal(*drawn)
+        distances.append(strategy.transition_distance(agent, *index))
+    assert distances[0].std() > 1e-3
+    torch.testing.assert_close(*distances, rtol=1e-6, atol=1e-9)
