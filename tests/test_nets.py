@@ -94,4 +94,4 @@ def test_the_distance_is_that_of_the_products_of_all_groups_at_once(script, monk
         torch.manual_seed(1)
         distances.append(strategy.transition_distance(agent, *index))
     assert distances[0].std() > 1e-3
-    torch.testing.assert_close(*distances, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(*distances, rtol=1e-11, atol=1e-12)
