@@ -513,6 +513,20 @@ def main(args: Args) -> None:
     for run in all_runs:  # what is wrong is said before anything is written
         run.value(args.column, args.of)
     check_outputs(args.csv, args.table, figure=args.out, flag="--out")
+    options = {"resamples": args.resamples, "seed": args.bootstrap_seed}
+    tables = [
+        rows_of(title, samples_of(its_tasks, column), base, options)
+        for title, its_tasks, column in parts
+    ]
+    # Files before words, whose reader may leave early
+    if args.csv:
+        names = "script", "task", "strategy", "seed"
+        columns = [({name: getattr(run, name) for name in names}, run.rows) for run in all_runs]
+        write_csv(args.csv, [first | row for first, rows in columns for row in rows])
+    if args.table:
+        write_csv(args.table, [row for rows in tables for row in rows])
+    if args.out:  # of one task, its own curves say it all
+        draw(args.out, cells, parts[-1:] if len(tasks) == 1 else parts, base, args)
     value = {"last": f"pi^{last}", "mean": f"mean of pi^1 ... pi^{last}"}
     value |= {"gain": f"pi^{last} less pi^0", "improvement": f"pi^{last} above pi^0 in %"}
     print(
@@ -529,22 +543,12 @@ def main(args: Args) -> None:
         said.append(f"per task only, unscored or not of every method: {missing}")
     for line in said:
         print(line)
-    table, options = [], {"resamples": args.resamples, "seed": args.bootstrap_seed}
-    for title, its_tasks, column in parts:
-        table += (rows := rows_of(title, samples_of(its_tasks, column), base, options))
+    for rows, (title, its_tasks, column) in zip(tables, parts, strict=True):
         measured = "mean_return" if args.of == "improvement" and column == SCORE else column
         print(f"\n**{title}, {measured}**\n")
         print_rows(rows)
         if args.curves and column == args.column and len(its_tasks) == 1:
             print_curves(samples_of(its_tasks, column, "curve"))
-    if args.csv:
-        names = "script", "task", "strategy", "seed"
-        columns = [({name: getattr(run, name) for name in names}, run.rows) for run in all_runs]
-        write_csv(args.csv, [first | row for first, rows in columns for row in rows])
-    if args.table:
-        write_csv(args.table, table)
-    if args.out:  # of one task, its own curves say it all
-        draw(args.out, cells, parts[-1:] if len(tasks) == 1 else parts, base, args)
 
 
 if __name__ == "__main__":

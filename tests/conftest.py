@@ -13,7 +13,9 @@ if sys.platform == "linux" and not has_screen:
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+import tyro  # noqa: E402
 
+from common import cli  # noqa: E402
 from common.device import multiply_by_onednn  # noqa: E402
 from tests.helpers import run  # noqa: E402
 from tests.tiny_task import write_data, write_discrete_data  # noqa: E402
@@ -53,3 +55,20 @@ def fails(tmp_path, monkeypatch, capsys):
         assert len(error.strip().splitlines()) <= 2 and not (tmp_path / "b").exists()
 
     return check
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys, tmp_path):
+    """What a tool says on refusing its command line, having written no file."""
+
+    def of(tool, *argv):
+        before = sorted(tmp_path.rglob("*"))
+        monkeypatch.setattr(sys, "argv", ["tool", *map(str, argv)])
+        with pytest.raises(SystemExit) as error:
+            cli.cli(tool.main, tool.Args, tyro.cli)
+        assert error.value.code == 2 and sorted(tmp_path.rglob("*")) == before
+        said = capsys.readouterr()
+        assert said.err.startswith("error: ") and said.err.count("\n") <= 2 and not said.out
+        return said.err
+
+    return of

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import tyro
 
 from benchmarks import (
     Worker,
@@ -25,7 +24,7 @@ from benchmarks import (
     value_actions,
     whole_run,
 )
-from common import InputError, checkpoints, cli
+from common import InputError, checkpoints
 from common.envs import make_vec
 from tests.helpers import random_team
 from tools import render
@@ -110,23 +109,6 @@ def fake_run(folder, script, seed, returns, record=None, **args):
         for k, x in enumerate(returns):
             rows.writerow([k, 100 * k, 5, x, 1.0, x / 100, 1.0 + k, 2.0])
     return run
-
-
-@pytest.fixture
-def refusal(monkeypatch, capsys, tmp_path):
-    """What a tool says on refusing its command line, having written no file."""
-
-    def of(tool, *argv):
-        before = sorted(tmp_path.rglob("*"))
-        monkeypatch.setattr(sys, "argv", ["tool", *map(str, argv)])
-        with pytest.raises(SystemExit) as error:
-            cli.cli(tool.main, tool.Args, tyro.cli)
-        assert error.value.code == 2 and sorted(tmp_path.rglob("*")) == before
-        said = capsys.readouterr()
-        assert said.err.startswith("error: ") and said.err.count("\n") <= 2 and not said.out
-        return said.err
-
-    return of
 
 
 def test_the_offline_table_takes_the_first_policy_and_tells_ma_cql_from_omar(tmp_path, capsys):

@@ -1,0 +1,93 @@
+"""Table 1 from its raw files, and the page that shows it."""
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks import table1, write_csv
+
+ROOT = Path(__file__).parent.parent
+TASK = "hopper-medium"
+
+
+def raw_files(folder, strategies, task=TASK):
+    """Returns of two seeds and two deployments: {strategy: [(pi^0, pi^1, pi^2), ...]}; scalars of
+    five updates after each deployment, of which the online share is the deployment's number in
+    tenths and the error the update's."""
+    rows, scalars = [], []
+    for name, seeds in strategies.items():
+        for seed, curve in enumerate(seeds, 1):
+            first = {"task": task, "strategy": name, "seed": seed}
+            rows += [
+                first | {"deployment": k, "mean_return": x, "normalized_score": x / 10}
+                for k, x in enumerate(curve)
+            ]
+            first = {"env": task, "strategy": name, "seed": seed}
+            for i in range(10):
+                step = 20_000 + 200 * (i + 1)
+                value = {"otc/online_fraction": 0.1 * (1 + i // 5), "losses/vae_reconstruction": i}
+                scalars += [first | {"tag": t, "step": step, "value": v} for t, v in value.items()]
+    write_csv(str(folder / f"{task}.csv"), rows)
+    write_csv(str(folder / f"{task}_scalars.csv"), scalars)
+
+
+def lines_of(folder, capsys):
+    table1.main(table1.Args(str(folder)))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_tables_by_hand(tmp_path, capsys):
+    raw_files(
+        tmp_path,
+        {
+            "uniform": [(100, 0, 110), (-100, 0, -90)],
+            "otc-value": [(100, 0, 150), (-100, 0, -80)],
+            "mixed0.25": [(100, 0, 140), (-100, 0, -40)],
+        },
+    )
+    lines = lines_of(tmp_path, capsys)
+    # 10 % each; 50 and 20 %; 40 and 60 %
+    its = next(line for line in lines if line.startswith(f"| {TASK} |"))
+    assert its == (
+        f"| {TASK} | 10.0 [10.0, 10.0] |  | 35.0 [20.0, 50.0] |  |  |  | 50.0 [40.0, 60.0] |  |"
+    )
+    assert lines[lines.index(its) + 1] == (
+        "| *paper* | -6.8 +- 7.0 |  | 12.0 +- 2.6 | 2.6 +- 3.8 |  |  |  |  |"
+    )
+    # Scores are a tenth: 4 and 1; 1 and -4
+    assert "| value | uniform | 2.5 [1.0, 4.0] | 1 of 1 |" in lines
+    assert "| value | mixed 25 % | -1.5 [-4.0, 1.0] | 0 of 1 |" in lines
+    assert "| value | mixed 25 % | -15 [-40, 10] | 1 of 2 |" in lines
+    assert "| uniform | 0 +- 100 | 0 +- 0 | 10 +- 100 |" in lines
+    # Of the second deployment's updates, the errors of 5 to 9
+    assert "| uniform | 10 % | 20 % | 15 % | 700.0 |" in lines
+
+
+def test_order_of_seeds_and_other_data_sets_do_not_matter(tmp_path, capsys):
+    curves = {"uniform": [(10, 0, 11), (10, 0, 14)], "otc-value": [(10, 0, 12), (10, 0, 19)]}
+    for name, seeds in (("one", curves), ("two", {k: v[::-1] for k, v in curves.items()})):
+        (tmp_path / name).mkdir()
+        raw_files(tmp_path / name, seeds)
+    one = lines_of(tmp_path / "one", capsys)
+    two = lines_of(tmp_path / "two", capsys)
+    assert [x for x in one if "Raw" not in x] == [x for x in two if "Raw" not in x]
+    raw_files(tmp_path / "two", {"uniform": [(1, 0, 2)] * 2}, "walker2d-medium")
+    its = [x for x in lines_of(tmp_path / "two", capsys) if x.startswith("| value | uniform |")]
+    assert its == [x for x in one if x.startswith("| value | uniform |")]
+
+
+def test_what_is_no_table_is_refused(tmp_path, refusal):
+    assert "no raw returns" in refusal(table1, tmp_path)
+    raw_files(tmp_path, {"uniform": [(1, 1, 1)] * 2, "otc-value": [(1, 1, 1)]})
+    assert "differ in seeds" in refusal(table1, tmp_path)
+    write_csv(str(tmp_path / "other.csv"), [{"a": 1}])
+    assert "no raw file of Table 1" in refusal(table1, tmp_path)
+
+
+@pytest.mark.parametrize("folder", ["docs/results/otc_bcq/table1"])
+def test_the_page_is_what_the_tool_says(folder, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(ROOT)
+    table1.main(table1.Args(folder, figure=str(tmp_path / "figure.png")))
+    assert capsys.readouterr().out in (ROOT / "docs/table1.md").read_text()
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
