@@ -111,20 +111,21 @@ def next_of_mujoco(envs: MujocoVecEnv, obs: np.ndarray, actions: np.ndarray) -> 
     return found
 
 
-def present_actions(agent, replay: Replay, index: torch.Tensor, size: int = 256) -> torch.Tensor:
-    """What the present policies do in the states of `index` (G, n), the group's own agent first:
-    (G, n, N, action_dim)."""
+def present_actions(
+    agent, replay: Replay, index: torch.Tensor, first: int = 0, size: int = 256
+) -> torch.Tensor:
+    """What the present policies do in the states of `index` (G, n), the group's own agent first, or
+    from the `first` after it on: (G, n, N - first, action_dim)."""
     N, group = replay.num_agents, torch.arange(replay.num_groups, device=index.device)
     parts = []
     for part in index.split(size, dim=1):
-        obs = replay.gather_team(part)["obs"]
-        actions = torch.empty(*obs.shape[:3], replay.actions.shape[2], device=obs.device)
-        for j in range(N):
+        obs, actions = replay.gather_team(part)["obs"], []
+        for j in range(first, N):
             whose = group // N * N + (group % N + j) % N
             by_group = torch.empty_like(obs[:, :, j])
             by_group[whose] = obs[:, :, j]
-            actions[:, :, j] = agent.act(by_group)[whose]
-        parts.append(actions)
+            actions.append(agent.act(by_group)[whose])
+        parts.append(torch.stack(actions, dim=2))
     return torch.cat(parts, dim=1)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import correction
+from benchmarks import correction, oracle
 from common import sampler, strategies
 from common.datasets import TeamDataset, load
 from common.envs import make_vec
@@ -237,3 +237,54 @@ def test_todays_transitions_are_each_agents_own():
     assert torch.equal(now["next_obs"], next_obs[:, :, 0]) and now["actions"].shape[2] == ACTION_DIM
     for name, value in replay.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+# --- Fine-tuning by the oracle ---
+
+
+@pytest.mark.parametrize("only_offline", [False, True])
+def test_the_oracle_ranks_by_what_the_deployed_others_do_now(only_offline):
+    torch.manual_seed(0)
+    data, S, N = random_team(400, num_agents=3), 2, 3
+    replay = Replay(data, S, 2, 100)
+    add_deployment(replay)
+    G = S * N
+    agent, args = BCQ(G, OBS_DIM, ACTION_DIM, Args(references=20)), Args(references=20)
+    draw = oracle.oracle(OTC, only_offline)(replay, args)
+    draw.start_deployment(agent, 1)
+    deployed = draw.deployed[0]
+    assert deployed.args.num_act_actions == oracle.ACT_ACTIONS
+    # As if its actions hung on nothing but whose they are
+    own = 0.1 * torch.arange(G).view(G, 1, 1)
+    deployed.act = lambda obs: own.expand(G, obs.shape[1], ACTION_DIM)
+    agent.act = None  # the policies that are tuned now are not asked
+    index = replay.draw_merged(300)
+    found = draw.transition_distance(agent, index, None)
+    expected = torch.zeros_like(found)
+    for g in range(G):
+        others = [other for other in range(g // N * N, g // N * N + N) if other != g]
+        for other in others:
+            actions = replay.gather(index[g].expand(G, -1))["actions"][other]
+            # The same rows, of this seed's online data
+            expected[g] += (actions - own[other]).square().mean(1) / len(others)
+    online = replay.is_online(index)
+    kept = ~online if only_offline else torch.ones_like(online)
+    torch.testing.assert_close(found[kept], expected[kept])
+    if only_offline:  # as likely to be drawn as by chance
+        picked = sampler.draw_by_rank(found, torch.ones(G), 20_000)
+        share = online.gather(1, picked).float().mean()
+        assert online.float().mean() == pytest.approx(0.2, abs=0.03)
+        assert share == pytest.approx(0.2, abs=0.06)
+
+
+def test_a_run_is_tuned_by_the_oracle(tmp_path, monkeypatch, data, capsys):
+    argv = ["--env", ENV, "--dataset", data, *tiny("otc_bcq"), "--run-dir", tmp_path / "runs"]
+    for more, name in (([], "otc-oracle"), (["offline"], "otc-oracle-offline")):
+        monkeypatch.setattr("sys.argv", ["oracle", "otc_bcq", *more, *map(str, argv)])
+        oracle.main()
+        (folder,) = (x for x in (tmp_path / "runs").iterdir() if f"__{name}__" in x.name)
+        assert len((folder / "returns.csv").read_text().splitlines()) == 4
+    for wrong in (["otc"], [], ["otc_bcq", "--resume", str(folder)]):
+        monkeypatch.setattr("sys.argv", ["oracle", *wrong])
+        with pytest.raises((correction.InputError, SystemExit)):
+            oracle.main()
