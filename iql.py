@@ -40,9 +40,9 @@ from common.nets import (
 class Args(OfflineArgs):
     # Other defaults than the other scripts'
     env: str = "reacher-full-expert-mix"
-    offline_updates: cli.Natural = 20_000
+    offline_updates: cli.Natural = 6_000
     batch_size: int = 256
-    eval_every: int = 5_000
+    eval_every: int = 2_000
 
     # IQL arguments
     hidden_size: int = 256

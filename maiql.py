@@ -49,9 +49,9 @@ from common.world_model import WorldModel
 class Args(OfflineArgs):
     # Other defaults than the other scripts'
     env: str = "reacher-full-expert-mix"
-    offline_updates: Natural = 20_000
+    offline_updates: Natural = 6_000
     batch_size: int = 256
-    eval_every: int = 5_000
+    eval_every: int = 2_000
 
     # MAIQL arguments
     hidden_size: int = 256
@@ -76,9 +76,9 @@ class Args(OfflineArgs):
     # MAIQL-ft arguments
     finetune: bool = False
     """fit a world model first, and let the last updates draw from its rollouts as well"""
-    model_updates: Natural = 3_000
+    model_updates: Natural = 2_000
     """the first so many of --offline-updates, which fit the world model"""
-    finetune_updates: int = 5_000
+    finetune_updates: int = 1_500
     """the last so many, each of which imagines one rollout and learns from data and rollouts"""
     rollout_length: int = 10
     """steps of an imagined rollout; at most an episode's"""

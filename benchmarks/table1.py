@@ -45,6 +45,9 @@ STRATEGIES = {
     "otc-residual": "residual",
     "mixed0.25": "mixed 25 %",
     "mixed": "mixed",
+    "otc-oracle": "oracle",
+    "otc-oracle-offline": "oracle, offline",
+    "otc-embedding embedding_kl_weight=0.5": "embedding, KL weight 0.5",
 }
 # What chooses is compared with what takes online data and does not
 CONTROLS = "uniform", "mixed0.25", "mixed"
