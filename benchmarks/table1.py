@@ -45,13 +45,18 @@ STRATEGIES = {
     "otc-residual": "residual",
     "mixed0.25": "mixed 25 %",
     "mixed": "mixed",
+}
+# Of some data sets: benchmarks.oracle and bcq_parts, and --by embedding_kl_weight
+LABELS = STRATEGIES | {
     "otc-oracle": "oracle",
     "otc-oracle-offline": "oracle, offline",
     "otc-embedding embedding_kl_weight=0.5": "embedding, KL weight 0.5",
+    "otc-embedding-for-cloning": "embedding for cloning",
+    "otc-embedding-for-values": "embedding for values",
 }
 # What chooses is compared with what takes online data and does not
 CONTROLS = "uniform", "mixed0.25", "mixed"
-CHOOSING = [name for name in STRATEGIES if name.startswith("otc-")]
+CHOOSING = [name for name in LABELS if name.startswith("otc-")]
 PER_PAGE = ("uniform", "otc-value", "otc-embedding")  # the columns of PAPER
 
 
@@ -167,7 +172,7 @@ def over_all(scores: dict) -> None:
 def shares(scalars: dict, num_deployments: int) -> None:
     """The online share of the draws by deployment, and the error in the updates after the last."""
     lines, ks = [], sorted({1, max(1, num_deployments // 2), num_deployments})
-    for strategy in [s for s in STRATEGIES if s in scalars]:
+    for strategy in [s for s in LABELS if s in scalars]:
         tags = scalars[strategy]
         steps, values = map(np.array, zip(*sorted(tags["otc/online_fraction"]), strict=True))
         # Offline updates log no draws: the first of fine-tuning's is one interval after them
@@ -179,7 +184,7 @@ def shares(scalars: dict, num_deployments: int) -> None:
         begun = steps[k < num_deployments].max()  # the updates after the last deployment
         errors = [value for step, value in tags["losses/vae_reconstruction"] if step > begun]
         cells = [f"{100 * x:.0f} %" for x in shown] + [f"{100 * np.mean(errors):.1f}"]
-        lines.append([STRATEGIES[strategy], *cells])
+        lines.append([LABELS[strategy], *cells])
     names = [f"online: k = {k}" for k in ks]
     print_table(["draw", *names, "mean", "error of the generative model, times 100"], lines)
 
@@ -191,14 +196,14 @@ def of_data_set(curves: dict) -> None:
     last = next(iter(curves.values())).shape[1] - 1
     policies = sorted({0, 1, last // 2, last})
     order = sorted(curves, key=lambda s: -curves[s][:, -1].mean())
-    lines = [[STRATEGIES.get(s, s), *(cell(curves[s][:, k]) for k in policies)] for s in order]
+    lines = [[LABELS.get(s, s), *(cell(curves[s][:, k]) for k in policies)] for s in order]
     print_table(["strategy", *(f"pi^{k}" for k in policies)], lines)
     print()
     lines = []
     for one, other in pairs(curves):
         difference = curves[one][:, -1] - curves[other][:, -1]
         ahead = f"{(difference > 0).sum()} of {len(difference)}"
-        lines.append([STRATEGIES[one], STRATEGIES[other], interval(difference, 0), ahead])
+        lines.append([LABELS[one], LABELS[other], interval(difference, 0), ahead])
     print_table(["strategy", "less", "difference", "seeds ahead"], lines)
 
 

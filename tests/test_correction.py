@@ -7,13 +7,21 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import correction, oracle
+from benchmarks import bcq_parts, correction, oracle
 from common import sampler, strategies
 from common.datasets import TeamDataset, load
 from common.envs import make_vec
 from common.replay import Replay
 from otc_bcq import BCQ, OTC, Args
-from tests.helpers import ACTION_DIM, OBS_DIM, add_deployment, random_team, run, tiny
+from tests.helpers import (
+    ACTION_DIM,
+    OBS_DIM,
+    add_deployment,
+    random_batch,
+    random_team,
+    run,
+    tiny,
+)
 from tests.tiny_task import ENV
 
 
@@ -288,3 +296,41 @@ def test_a_run_is_tuned_by_the_oracle(tmp_path, monkeypatch, data, capsys):
         monkeypatch.setattr("sys.argv", ["oracle", *wrong])
         with pytest.raises((correction.InputError, SystemExit)):
             oracle.main()
+
+
+def test_a_part_of_bcq_learns_from_its_own_batch():
+    def after(cloned, learned):
+        torch.manual_seed(0)
+        agent = bcq_parts.Parts(2, OBS_DIM, ACTION_DIM, Args())
+        before = {name: x.clone() for name, x in agent.state_dict().items() if "." in name}
+        torch.manual_seed(1)
+        if cloned is None:
+            agent.update(learned)
+        else:
+            agent.apart(cloned, learned)
+        return before, agent.state_dict()
+
+    a, b, c = (random_batch(2, seed=seed) for seed in range(3))
+    before, one = after(a, b)
+    _, other = after(a, c)
+    _, plain = after(None, a)
+    for name in before:
+        is_changed = not torch.equal(before[name], one[name])
+        if name.startswith("vae."):
+            assert is_changed and torch.equal(one[name], other[name])
+            assert torch.equal(one[name], plain[name])
+        elif name.startswith("qf."):
+            assert is_changed and not torch.equal(one[name], other[name])
+
+
+@pytest.mark.parametrize("part", bcq_parts.PARTS)
+def test_a_run_is_tuned_in_parts(tmp_path, monkeypatch, data, part):
+    argv = ["--env", ENV, "--dataset", data, *tiny("otc_bcq"), "--run-dir", tmp_path / "runs"]
+    argv += ["--distance", "embedding"]
+    monkeypatch.setattr("sys.argv", ["bcq_parts", part, *map(str, argv)])
+    bcq_parts.main()
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert f"__otc-embedding-for-{part}__" in folder.name
+    monkeypatch.setattr("sys.argv", ["bcq_parts", part, *map(str, argv), "--sampling", "mixed"])
+    with pytest.raises(SystemExit):
+        bcq_parts.main()

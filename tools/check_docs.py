@@ -116,6 +116,8 @@ def parse(words: list[str]) -> None:
     if name == "benchmarks.oracle":  # a script with its flags
         name, *argv = argv
         argv = argv[argv[:1] == ["offline"] :]
+    if name == "benchmarks.bcq_parts":
+        name, argv = "otc_bcq", argv[1:]
     module = importlib.import_module(name)
     if "--help" in argv or not hasattr(module, "main"):
         return
