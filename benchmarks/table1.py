@@ -255,7 +255,8 @@ def main(args: Args) -> None:
         of_data_set(curves)
         if task in raw.scalars:
             print()
-            shares(raw.scalars[task], next(iter(curves.values())).shape[1] - 1)
+            its = {name: tags for name, tags in raw.scalars[task].items() if name in curves}
+            shares(its, next(iter(curves.values())).shape[1] - 1)
     if args.figure:
         draw(args.figure, raw.returns)
 
