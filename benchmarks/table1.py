@@ -90,17 +90,18 @@ def read(folder: Path) -> Raw:
     for path in sorted(folder.glob("*.csv")):
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
-        for row in rows:
-            if "tag" in row:
-                task, step, value = row["env"], int(row["step"]), float(row["value"])
-                scalars[task][row["strategy"]][row["tag"]].append((step, value))
-            elif "deployment" in row:
-                task, key = row["task"], (int(row["seed"]), int(row["deployment"]))
-                values = float(row["mean_return"]), float(row["normalized_score"])
-                points[task][row["strategy"]][key] = values
-            else:
-                raise InputError(f"{path}: no raw file of Table 1; see benchmarks/table1.py")
-            files[task][path] = None
+        try:
+            for row in rows:
+                if "tag" in row:
+                    task, step, value = row["env"], int(row["step"]), float(row["value"])
+                    scalars[task][row["strategy"]][row["tag"]].append((step, value))
+                else:
+                    task, key = row["task"], (int(row["seed"]), int(row["deployment"]))
+                    values = float(row["mean_return"]), float(row["normalized_score"])
+                    points[task][row["strategy"]][key] = values
+                files[task][path] = None
+        except (KeyError, ValueError, TypeError):
+            raise InputError(f"{path}: no raw file of Table 1; see benchmarks/table1.py") from None
     returns, scores = {}, {}
     for task, strategies in points.items():
         first = sorted(next(iter(strategies.values())))
