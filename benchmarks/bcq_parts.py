@@ -10,13 +10,13 @@ they cannot be resumed.
 """
 
 import dataclasses
-import sys
 from unittest import mock
 
 import torch
 
 import otc_bcq
-from common import InputError, cli
+from benchmarks import altered
+from common import InputError
 from common.nets import kl_divergence, mean_over_own, step
 
 PARTS = "cloning", "values"
@@ -53,19 +53,17 @@ def draws_for(part: str) -> type:
     return Draws
 
 
-def main() -> None:
-    part, *flags = sys.argv[1:] or [""]
-    if part in ("-h", "--help"):
-        print(__doc__)
-        return
+def choose(words: list[str]) -> tuple:
+    """For `altered.run`."""
+    part, *flags = words or [""]
     if part not in PARTS:
         raise InputError(f"which part? python -m benchmarks.bcq_parts {'|'.join(PARTS)}")
 
-    def run(args) -> None:
-        if args.resume is not None or args.sampling != "otc":
-            raise InputError("only for --sampling otc, and without --resume")
-        name = f"{args.distance}-for-{part}"
-        args = dataclasses.replace(args, distance=name, cuda_graph=False)
+    def tune(args) -> None:
+        if args.sampling != "otc":
+            raise InputError(f"--sampling {args.sampling}: only the draws of otc are for a part")
+        args = dataclasses.replace(args, distance=f"{args.distance}-for-{part}")
+        original = otc_bcq.Training.finetune
 
         def finetune(run, update):
             replay, agent, strategy = run.replay, run.agent, run.strategy
@@ -79,7 +77,6 @@ def main() -> None:
 
             original(run, in_parts)
 
-        original = otc_bcq.Training.finetune
         with (
             mock.patch.object(otc_bcq, "BCQ", Parts),
             mock.patch.object(otc_bcq, "OTC", draws_for(part)),
@@ -87,13 +84,12 @@ def main() -> None:
         ):
             otc_bcq.main(args)
 
-    sys.argv[1:] = flags
-    cli.cli(run, otc_bcq.Args)
+    return otc_bcq.Args, tune, flags
+
+
+def main() -> None:
+    altered.run(choose)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()

@@ -16,13 +16,13 @@ BCQ's agents act by the best of ten of their actions here, as the oracle asks th
 import copy
 import dataclasses
 import importlib
-import sys
 from unittest import mock
 
 import torch
 
+from benchmarks import altered
 from benchmarks.correction import deviation, present_actions
-from common import InputError, cli, sampler
+from common import InputError, sampler
 
 SCRIPTS = "otc_bcq", "otc_awac", "otc_cql", "otc_td3bc", "otc_bremen"  # of continuous actions
 ACT_ACTIONS = 10
@@ -59,32 +59,25 @@ def oracle(otc: type, only_offline: bool) -> type:
     return Oracle
 
 
-def main() -> None:
-    script, *flags = sys.argv[1:] or [""]
-    only_offline = flags[:1] == ["offline"]
-    if script in ("-h", "--help"):
-        print(__doc__)
-        return
+def choose(words: list[str]) -> tuple:
+    """For `altered.run`."""
+    script, *flags = words or [""]
     if script not in SCRIPTS:
         raise InputError(f"which script? python -m benchmarks.oracle {'|'.join(SCRIPTS)} [offline]")
+    only_offline = flags[:1] == ["offline"]
     module = importlib.import_module(script)
 
-    def run(args) -> None:
-        if args.resume is not None:
-            raise InputError("--resume: an oracle's runs cannot be resumed")
+    def tune(args) -> None:
         name = "oracle-offline" if only_offline else "oracle"
-        args = dataclasses.replace(args, sampling="otc", distance=name, cuda_graph=False)
-        draw = oracle(module.OTC, only_offline)
-        with mock.patch.object(module, "OTC", draw):
-            module.main(args)
+        with mock.patch.object(module, "OTC", oracle(module.OTC, only_offline)):
+            module.main(dataclasses.replace(args, sampling="otc", distance=name))
 
-    sys.argv[1:] = flags[only_offline:]
-    cli.cli(run, module.Args)
+    return module.Args, tune, flags[only_offline:]
+
+
+def main() -> None:
+    altered.run(choose)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    main()

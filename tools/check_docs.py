@@ -113,15 +113,13 @@ def parse(words: list[str]) -> None:
     name, argv = split(words)
     if name == "pytest":
         return
-    if name == "benchmarks.oracle":  # a script with its flags
-        name, *argv = argv
-        argv = argv[argv[:1] == ["offline"] :]
-    if name == "benchmarks.bcq_parts":
-        name, argv = "otc_bcq", argv[1:]
     module = importlib.import_module(name)
     if "--help" in argv or not hasattr(module, "main"):
         return
-    if not hasattr(module, "Args"):  # argparse, in main
+    if hasattr(module, "choose"):  # a script with its flags
+        args_type, _, argv = module.choose(argv)
+        cli.parse(args_type, argv)
+    elif not hasattr(module, "Args"):  # argparse, in main
         original = argparse.ArgumentParser.parse_args
 
         def stop(parser, argv=None):
