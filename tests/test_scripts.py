@@ -349,6 +349,28 @@ def test_an_offline_script_logs_stops_and_goes_on(tmp_path, monkeypatch, capsys,
     assert_same(*(state_of(f[0] / "checkpoint.pt") for f in (whole, broken)))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@every_script
+def test_a_run_on_a_gpu_is_the_same_without_graphs_and_stopped(tmp_path, monkeypatch, data, script):
+    argv = ["--env", ENV, "--dataset", data, *tiny(script), "--num-seeds", 2, "--device", "cuda"]
+    run(monkeypatch, script, *argv, "--run-dir", tmp_path / "graphs")
+    run(monkeypatch, script, *argv, "--no-cuda-graph", "--run-dir", tmp_path / "eager")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        end_life(patch, None, "SIGTERM", 37)
+        run(patch, script, *argv, "--run-dir", tmp_path / "stopped")
+    run(monkeypatch, script, "--resume", min((tmp_path / "stopped").iterdir()))
+    graphs, *others = (
+        state_of(min((tmp_path / name).iterdir()) / "checkpoint.pt")
+        for name in ("graphs", "eager", "stopped")
+    )
+    for other in others:
+        assert other["progress"] == graphs["progress"]
+        for name, value in graphs["agent"].items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(other["agent"][name], value, rtol=1e-3, atol=1e-4)
+
+
 def start_process(script, *argv):
     command = [sys.executable, str(ROOT / f"{script}.py"), *map(str, argv)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
