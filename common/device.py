@@ -115,5 +115,8 @@ class Graphed:
             self.graphs[kind] = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graphs[kind], stream=self.stream):
                 self.outputs[kind] = self.function(*kind)
+            # torch begins a capture by setting the generator's offset to 0 there, and a replay by
+            # setting it here: the first of the two must not come last
+            torch.cuda.current_stream().wait_stream(self.stream)
         self.graphs[kind].replay()
         return self.outputs[kind]
