@@ -15,7 +15,7 @@ import tyro
 
 from benchmarks import check_outputs, write_csv
 from common import InputError, cli
-from common.datasets.makers import built_in_path, maker_of, mpe
+from common.datasets.makers import built_in_path, maker_of, mpe, reacher
 from common.datasets.names import BUILT_IN_SIZES
 from common.envs import make_vec, normalized_score
 from common.envs.mujoco import make_single
@@ -40,7 +40,7 @@ class Args:
     csv: str | None = None
     """file for the returns of MuJoCo's tasks, beside D4RL's"""
     teams: str | None = None
-    """file for those of the tasks whose agents each see their own state, with scores"""
+    """file for those of the particle tasks and of the reacher, with scores"""
     figure: str | None = None
     """PNG file for the distributions of the first (needs matplotlib, requirements-dev.txt)"""
 
@@ -90,10 +90,10 @@ def draw(returns: dict[str, np.ndarray], path: str) -> None:
 
 
 def teams() -> list[dict]:
-    """The rows of the tasks whose agents each see their own state."""
+    """The rows of the particle tasks and of the reacher."""
     rows = []
     for task, sizes in BUILT_IN_SIZES.items():
-        for quality, size in sizes.items() if maker_of(task) is mpe else ():
+        for quality, size in sizes.items() if maker_of(task) in (mpe, reacher) else ():
             if (path := built_in_path(task, quality, size)).exists():
                 time_limit = make_vec(task, 1, 0).max_episode_steps
                 count, *numbers = statistics(whole_episode_returns(path, time_limit))
@@ -108,7 +108,7 @@ def main(args: Args) -> None:
     check_outputs(args.csv, args.teams, figure=args.figure)
     of_teams = teams()
     if args.teams and not of_teams:
-        raise InputError("no data of agents that each see their own state has been made yet")
+        raise InputError("no data of the particle tasks or of the reacher has been made yet")
     for row in of_teams:
         print("| " + " | ".join(map(str, row.values())) + " |")
     if args.teams:
