@@ -90,7 +90,8 @@ class Args(OfflineArgs):
     early_termination: bool = True
     """cut rollouts by uncertainty; in the released code this never happens"""
     box: bool = True
-    """keep imagined states and rewards within the smallest and largest of the data"""
+    """keep imagined states and rewards within the smallest and largest of the data, and the values
+    that rollouts are cut with within what such rewards add up to"""
 
     # Its policies
     hidden_size: int = 128
@@ -326,6 +327,16 @@ class MOMAPPO(Learner):
         """V of the team: features and scaled observations (G, batch, dim) -> (S, batch)."""
         return self.mixer(self.vf(features).squeeze(2), joint(obs, self.num_agents))
 
+    def within_reach(self, values: torch.Tensor) -> torch.Tensor:
+        """Values (S, n) no larger and no smaller than rewards in the box, less all penalties, add
+        up to. A rollout is cut where nobody has been: what the networks make of that state would
+        else be what their own targets are made of, and grow without end."""
+        args, horizon = self.args, 1 / max(1 - self.args.gamma, 1e-6)
+        weights = args.uncertainty_penalty + args.reward_penalty + args.aleatoric_penalty
+        lowest = self.model.low[-1] - weights * self.threshold
+        highest = self.model.high[-1]
+        return torch.clamp(values, lowest.clamp(max=0) * horizon, highest.clamp(min=0) * horizon)
+
     def remember(self, history: dict[str, torch.Tensor]) -> torch.Tensor:
         """`Replay.gather_history`'s as frames (G, n, history, obs_dim + action_dim)."""
         obs = self.scaled(history["obs"].flatten(1, 2)).unflatten(1, history["obs"].shape[1:3])
@@ -382,6 +393,8 @@ class MOMAPPO(Learner):
             next_features = self.features(rows["next_frames"], rows["next_obs"])
             values = self.team_value(features, rows["obs"])
             next_values = self.team_value(next_features, rows["next_obs"])
+            if args.box:
+                next_values = self.within_reach(next_values)
             advantages, returns = advantages_and_returns(
                 rollouts["rewards"],
                 *(x.unflatten(1, shape) for x in (values, next_values)),

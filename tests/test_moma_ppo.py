@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import moma_ppo
 from benchmarks import model_error
 from common import checkpoints, cli, loop
 from common.datasets import load
@@ -325,6 +326,30 @@ def test_advantages_of_constant_rewards_are_geometric():
     np.testing.assert_allclose(advantages.flatten(), expected, rtol=1e-6)
     expected = [sum(0.9**k for k in range(n)) for n in (4, 3, 2, 1)]
     np.testing.assert_allclose(returns.flatten(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("box", [True, False])
+def test_rollouts_are_cut_with_what_rewards_in_the_box_can_add_up_to(monkeypatch, box):
+    """However large a value the networks give a state that nobody has left."""
+    agent, seen = made(2, obs_dim=1, action_dim=1, gamma=0.9, box=box), []
+    agent.threshold.fill_(3.0)
+    agent.model.low[-1], agent.model.high[-1] = 1.0, 2.0
+    agent.args.uncertainty_penalty, agent.args.reward_penalty = 0.5, 0.25
+
+    def keep(rewards, values, next_values, *rest):
+        seen.append(next_values)
+        return advantages_and_returns(rewards, values, next_values, *rest)
+
+    monkeypatch.setattr(moma_ppo, "advantages_and_returns", keep)
+    for value in (1e9, -1e9, 7.0, -7.0):
+        agent.team_value = lambda features, obs, value=value: torch.full((1, obs.shape[1]), value)
+        agent.policy_step = lambda rows: {}
+        batch, _ = rolled(agent)
+        agent.improve(batch)
+    found = [float(x.mean()) for x in seen]
+    # At most 2 a step for ever; at least 1 less the penalty of 0.75 * 3
+    bounds = [20.0, -12.5, 7.0, -7.0] if box else [1e9, -1e9, 7.0, -7.0]
+    assert found == pytest.approx(bounds)
 
 
 # --- The policies' step ---
