@@ -170,24 +170,53 @@ def over_all(scores: dict) -> None:
     )
 
 
+def amounts(tags: dict, num_deployments: int) -> tuple[list[float], float]:
+    """A strategy's online share of the draws, by deployment, and the error of its generative model
+    in the updates after the last one."""
+    steps, values = map(np.array, zip(*sorted(tags["otc/online_fraction"]), strict=True))
+    # Offline updates log no draws: the first of fine-tuning's is one interval after them
+    first, last = steps[0], steps[-1]
+    start = first - (steps[steps > first].min() - first)
+    k = np.ceil((steps - start) / (last - start) * num_deployments)
+    begun = steps[k < num_deployments].max()  # the updates after the last deployment
+    errors = [value for step, value in tags["losses/vae_reconstruction"] if step > begun]
+    online = [values[k == each].mean() for each in range(1, num_deployments + 1)]
+    return online, float(np.mean(errors))
+
+
 def shares(scalars: dict, num_deployments: int) -> None:
-    """The online share of the draws by deployment, and the error in the updates after the last."""
+    """The online share of the draws by deployment, and the error of the generative model."""
     lines, ks = [], sorted({1, max(1, num_deployments // 2), num_deployments})
     for strategy in [s for s in LABELS if s in scalars]:
-        tags = scalars[strategy]
-        steps, values = map(np.array, zip(*sorted(tags["otc/online_fraction"]), strict=True))
-        # Offline updates log no draws: the first of fine-tuning's is one interval after them
-        first, last = steps[0], steps[-1]
-        start = first - (steps[steps > first].min() - first)
-        k = np.ceil((steps - start) / (last - start) * num_deployments)
-        online = [values[k == each].mean() for each in range(1, num_deployments + 1)]
+        online, error = amounts(scalars[strategy], num_deployments)
         shown = [*(online[each - 1] for each in ks), np.mean(online)]
-        begun = steps[k < num_deployments].max()  # the updates after the last deployment
-        errors = [value for step, value in tags["losses/vae_reconstruction"] if step > begun]
-        cells = [f"{100 * x:.0f} %" for x in shown] + [f"{100 * np.mean(errors):.1f}"]
+        cells = [f"{100 * x:.0f} %" for x in shown] + [f"{100 * error:.1f}"]
         lines.append([LABELS[strategy], *cells])
     names = [f"online: k = {k}" for k in ks]
     print_table(["draw", *names, "mean", "error of the generative model, times 100"], lines)
+
+
+def rank_correlation(x: list[float], y: list[float]) -> float:
+    """Spearman's, of numbers of which no two are equal."""
+    ranks = [np.argsort(np.argsort(each)) for each in (x, y)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def correlations(raw: Raw) -> None:
+    """Over the strategies of a data set: what goes with the last policy's mean return?"""
+    lines = []
+    for task, curves in raw.returns.items():
+        scalars = raw.scalars.get(task, {})
+        names = [name for name in curves if name in scalars]
+        if len(names) < 3:
+            continue
+        found = [amounts(scalars[name], curves[name].shape[1] - 1) for name in names]
+        last = [curves[name][:, -1].mean() for name in names]
+        online, errors = [np.mean(each) for each, _ in found], [error for _, error in found]
+        cells = (f"{rank_correlation(last, each):.2f}" for each in (errors, online))
+        lines.append([task, str(len(names)), *cells])
+    columns = ["data set", "strategies", "error of the generative model", "online share"]
+    print_table(columns, lines)
 
 
 def of_data_set(curves: dict) -> None:
@@ -249,6 +278,9 @@ def main(args: Args) -> None:
     improvements(raw.returns)
     print("\n## Over the data sets\n")
     over_all(raw.scores)
+    print("\n## What goes with the return\n")
+    print("Rank correlation, over the strategies, of the last policy's return with the two:\n")
+    correlations(raw)
     for task, curves in raw.returns.items():
         # As the page docs/table1.md links them
         links = ", ".join(f"[{x.name}]({os.path.relpath(x, 'docs')})" for x in raw.files[task])

@@ -91,3 +91,10 @@ def test_the_page_is_what_the_tool_says(folder, capsys, monkeypatch, tmp_path):
     table1.main(table1.Args(folder, figure=str(tmp_path / "figure.png")))
     assert capsys.readouterr().out in (ROOT / "docs/table1.md").read_text()
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_what_goes_with_the_return():
+    """By hand: Spearman's rho is 1 - 6 (1 + 0 + 1) / (3 * 8) for one swap of neighbours."""
+    assert table1.rank_correlation([1, 2, 30], [5, 6, 7]) == pytest.approx(1)
+    assert table1.rank_correlation([1, 2, 30], [7, 6, 5]) == pytest.approx(-1)
+    assert table1.rank_correlation([1, 2, 30], [5, 7, 6]) == pytest.approx(0.5)
