@@ -91,7 +91,7 @@ class Args(OfflineArgs):
     """cut rollouts by uncertainty; in the released code this never happens"""
     box: bool = True
     """keep imagined states and rewards within the smallest and largest of the data, and the values
-    that rollouts are cut with within what such rewards add up to"""
+    of the states that follow within what such rewards add up to"""
 
     # Its policies
     hidden_size: int = 128
@@ -328,9 +328,9 @@ class MOMAPPO(Learner):
         return self.mixer(self.vf(features).squeeze(2), joint(obs, self.num_agents))
 
     def within_reach(self, values: torch.Tensor) -> torch.Tensor:
-        """Values (S, n) no larger and no smaller than rewards in the box, less all penalties, add
-        up to. A rollout is cut where nobody has been: what the networks make of that state would
-        else be what their own targets are made of, and grow without end."""
+        """Values (S, n) of states that follow, no larger and no smaller than what rewards in the
+        box, less all penalties, add up to. A rollout is cut where nobody has been: what the
+        networks make of that state would else go into their own targets and grow without end."""
         args, horizon = self.args, 1 / max(1 - self.args.gamma, 1e-6)
         weights = args.uncertainty_penalty + args.reward_penalty + args.aleatoric_penalty
         lowest = self.model.low[-1] - weights * self.threshold

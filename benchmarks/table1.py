@@ -279,7 +279,7 @@ def main(args: Args) -> None:
     print("\n## Over the data sets\n")
     over_all(raw.scores)
     print("\n## What goes with the return\n")
-    print("Rank correlation, over the strategies, of the last policy's return with the two:\n")
+    print("Rank correlation, over the strategies, of the last policy's mean return with\n")
     correlations(raw)
     for task, curves in raw.returns.items():
         # As the page docs/table1.md links them

@@ -10,8 +10,8 @@ AAAI 2023; equation and line numbers are that paper's.
 
 import torch
 
-# The largest block of pairwise distances held at once: 64 MiB, 4 on a CPU, where small ones are as
-# fast and leave small holes in memory.
+# The largest block of pairwise distances held at once: 64 MiB, and for a moment ten times that for
+# their dimensions; 4 on a CPU, where small ones are as fast and leave small holes in memory.
 MAX_PAIRS, MAX_PAIRS_CPU = 2**24, 2**20
 
 
