@@ -1,5 +1,6 @@
 """Table 1 from its raw files, and the page that shows it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,41 @@ def test_the_page_is_what_the_tool_says(folder, capsys, monkeypatch, tmp_path):
     table1.main(table1.Args(folder, figure=str(tmp_path / "figure.png")))
     assert capsys.readouterr().out in (ROOT / "docs/table1.md").read_text()
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of every table's line; without emphasis, links as their text."""
+    lines = (line for line in text.splitlines() if line.startswith("|"))
+    plain = (re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", line.replace("*", "")) for line in lines)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in plain]
+
+
+def test_the_pages_that_quote_the_table_quote_it_right():
+    """README's improvements and the tables at the head of the findings' section."""
+    page = (ROOT / "docs/table1.md").read_text()
+    head = page[page.index("## Improvement") : page.index("\n## halfcheetah-medium\n")]
+    names, _, *improvements = table_rows(head)[: 2 + 2 * len(table1.PAPER)]
+    measured = {
+        its[0]: (its, of_paper)
+        for its, of_paper in zip(improvements[::2], improvements[1::2], strict=True)
+        if "not measured" not in its
+    }
+    readme = (ROOT / "README.md").read_text()
+    header, _, *quoted = table_rows(readme[readme.index("## Does it work?") :])
+    shown = [names.index(x.removeprefix("OTC, ").removesuffix(" (ours)")) for x in header[1:]]
+    for name, rows in measured.items():
+        at = [row[0] for row in quoted].index(name)
+        for row, its in zip(quoted[at : at + 2], rows, strict=True):
+            assert row[1:] == [its[i] for i in shown], name
+
+    findings = (ROOT / "docs/findings.md").read_text()
+    section = findings[findings.index("## 5. Table 1") :]
+    first = table_rows(section[: section.index("### ")])
+    assert first[2 : 2 + 2 * len(measured)] == [row for rows in measured.values() for row in rows]
+    known = table_rows(head)
+    assert all(row in known for row in first if "---" not in row[0])
+    start = section.index("| data set | strategies |")
+    assert table_rows(section[start : section.index("\n\n", start)]) == known[-len(measured) - 2 :]
 
 
 def test_what_goes_with_the_return():
