@@ -20,12 +20,19 @@ class Args:
     """file to write: script, env, strategy, seed, tag, step, value"""
     tags: tuple[str, ...] = ("otc/", "losses/vae_", "offline/")
     """beginnings of the tags to copy"""
+    by: tuple[str, ...] = ()
+    """arguments of the runs that are added to the strategy, as of benchmarks.aggregate"""
 
 
 def main(args: Args) -> None:
     rows = []
     for folder in args.runs:
         run = checkpoints.read_record(folder)
+        names = [name.replace("-", "_") for name in args.by]
+        for name in names:
+            if name not in run["args"]:
+                raise InputError(f"--by {name}: {folder} has no such argument")
+        added = "".join(f" {name}={run['args'][name]}" for name in names)
         events = EventAccumulator(folder, size_guidance={"scalars": 0})
         events.Reload()
         for tag in events.Tags()["scalars"]:
@@ -33,7 +40,7 @@ def main(args: Args) -> None:
                 first = {
                     "script": run["script"],
                     "env": run["args"]["env"],
-                    "strategy": strategies.strategy_name(run["args"]),
+                    "strategy": strategies.strategy_name(run["args"]) + added,
                     "seed": run["seed"],
                     "tag": tag,
                 }

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 from benchmarks import (
     Worker,
@@ -242,3 +243,26 @@ def test_tools_refuse_what_they_cannot_read(tmp_path, refusal):
     with pytest.raises(InputError, match="is a run of mine; expected one of otc_bcq,"):
         restored.restore(str(fake_run(tmp_path, "mine", 1, [1.0])))
     assert "nothing to copy" in refusal(scalars, "--csv", out)
+    assert "has no such argument" in refusal(scalars, run, "--by", "nope", "--csv", out)
+
+
+def test_scalars_of_runs_that_an_argument_tells_apart(tmp_path):
+    some = {"deployments": 1, "sampling": "uniform"}
+    runs = [
+        fake_run(tmp_path, "otc_bcq", 1, [1.0, 2.0], embedding_kl_weight=weight, **some)
+        for weight in (0.5, 0.05)
+    ]
+    for run, value in zip(runs, (1.5, 2.5), strict=True):
+        with SummaryWriter(str(run)) as writer:
+            writer.add_scalar("otc/alpha", value, 3)
+            writer.add_scalar("charts/return", value, 3)
+    out = tmp_path / "scalars.csv"
+    argv = tuple(map(str, runs)), str(out)
+    scalars.main(scalars.Args(*argv, by=("embedding-kl-weight",)))
+    with open(out, newline="") as file:
+        rows = [tuple(row.values()) for row in csv.DictReader(file)]
+    assert rows == [
+        ("otc_bcq", "halfcheetah-medium", f"uniform embedding_kl_weight={weight}")
+        + ("1", "otc/alpha", "3", value)
+        for weight, value in (("0.5", "1.5"), ("0.05", "2.5"))
+    ]
