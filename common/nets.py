@@ -50,9 +50,10 @@ class Stack(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(G, batch, in) -> (G, batch, out); of twins (2, G, batch, in) -> (2 G, batch, out)."""
-        if not x.is_cpu or x.shape[-2] < 512:
+        hidden = x.shape[-2] * self[0].weight.shape[2]  # numbers of a group's hidden layer
+        if not x.is_cpu or torch.is_grad_enabled() or hidden < 160_000:
             return super().forward(x if x.dim() == 3 else x.flatten(0, 1))
-        # Many rows on a CPU: group by group, whose numbers the cache holds from layer to layer
+        # Many, and no gradient, on a CPU: group by group, for the cache's sake
         layers = [layer for layer in self if isinstance(layer, Linear)]
         weights = zip(*(layer.weight for layer in layers), strict=True)
         biases = zip(*(layer.bias for layer in layers), strict=True)
