@@ -253,6 +253,10 @@ def differences(page: Path) -> tuple[list[str], int]:
     """The rows that no raw file has, and how many rows were compared."""
     wrong, compared = [], 0
     for (header, *rows), raw in sections(page):
+        missing = [path for path in raw if not path.is_file()]
+        if missing:
+            wrong.append(f"{page.name}: no file {missing[0]}")
+            continue
         records = {path: list(csv.DictReader(path.open())) for path in raw}
         policies = [i for i, name in enumerate(header) if re.fullmatch(r"pi\^\d+", name)]
         if policies:
