@@ -25,10 +25,9 @@ class Args:
 
 
 def main(args: Args) -> None:
-    rows = []
+    rows, names = [], [name.replace("-", "_") for name in args.by]
     for folder in args.runs:
         run = checkpoints.read_record(folder)
-        names = [name.replace("-", "_") for name in args.by]
         for name in names:
             if name not in run["args"]:
                 raise InputError(f"--by {name}: {folder} has no such argument")

@@ -27,7 +27,7 @@ def at_once(stack, x):
 
 
 @pytest.mark.parametrize("out_features", [1, 3])
-def test_many_rows_give_what_few_give(out_features, monkeypatch):
+def test_many_rows_give_what_few_give_and_the_same_gradients(out_features, monkeypatch):
     """A CPU's path for many rows, group by group, and the products of all groups at once."""
     torch.manual_seed(0)
     network, x = mlp(3, 4, 256, out_features).double(), torch.randn(3, 700, 4).double()
@@ -40,9 +40,15 @@ def test_many_rows_give_what_few_give(out_features, monkeypatch):
             torch.testing.assert_close(network(x[:1].expand(3, 1, -1, -1)), of_one)
     assert found.shape == (3, 700, out_features)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(network(x), expected, rtol=1e-10, atol=1e-10)  # with gradients
+    x.requires_grad_()
+    gradients = []
+    for y in (network(x), at_once(network, x)):
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+        gradients.append(torch.autograd.grad(y.square().sum(), [x, *network.parameters()]))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
     for g in range(3):
-        by_hand = plain_mlp(network, x[g, 5].numpy(), g)
+        by_hand = plain_mlp(network, x[g, 5].detach().numpy(), g)
         np.testing.assert_allclose(found[g, 5].numpy(), by_hand, rtol=1e-10)
 
 
