@@ -528,7 +528,7 @@ def main(args: Args) -> None:
         return agent.fit(replay.gather_teams(index))
 
     def rank() -> dict[str, torch.Tensor]:
-        index = replay.draw_teams(5000) // 10 * 10 + 9
+        index = replay.draw_teams(5000) % max(10, replay.num_offline // 10 * 10) // 10 * 10 + 9
         return agent.rank(replay.gather_teams(index.clamp(max=replay.num_offline - 1)))
 
     def improve() -> dict[str, torch.Tensor]:

@@ -56,8 +56,8 @@ class Args(OfflineArgs):
     score: Literal["decomposed", "independent", "joint", "none"] = "decomposed"
     """whose score holds an agent's actions to the data: its own given the agents before it, its own
     whatever the others do, or its part of all agents' joint score; none: IQL's own policies, clones
-    weighted by the team's advantage, for which what follows but --expectile and --temperature
-    means nothing"""
+    weighted by the team's advantage, for which the arguments of scores, denoisers and beta mean
+    nothing"""
     beta: float | None = None
     """weight of the gradient of Q against the score, as published; default: that of this --env"""
     expectile: Share | None = None
@@ -80,7 +80,7 @@ class Args(OfflineArgs):
     the one of --score joint always does"""
     prefix: Literal["before", "after"] = "before"
     """the agents before act by their policies as they are before an update, all of which are then
-    made at once, or after their own, one agent after another; of --score decomposed and joint"""
+    made at once, or after their own, one agent after another; not of --score none"""
     order: str = "index"
     """of the agents in the decomposition, and in which --prefix after moves them: index, random
     (one per seed), or such as 2,0,1"""
@@ -245,7 +245,7 @@ class OMSD(Learner):
         turns = torch.ones(1, G) if at_once else one_by_one
         self.register_buffer("turns", turns, persistent=False)
 
-        self.register_buffer("made", torch.zeros(()))  # updates
+        self.register_buffer("made", torch.tensor(0))  # updates
         self.keep_measured(
             *("vf_loss", "qf1_loss", "qf2_loss", "qf1_values", "denoiser_loss"),
             *("actor_loss", "score_drive", "q_drive", "policy_q", "bc_error"),

@@ -103,8 +103,6 @@ class Args(OnlineArgs):
     """of the advantage in the weights exp(A / temperature); AWAC's lambda"""
     weight_max: Positive = 100.0
     """ceiling of these weights"""
-    num_value_actions: int = 1
-    """sampled actions per state in V(s), for the value distance"""
 
     SAME_POLICY: ClassVar = (*OnlineArgs.SAME_POLICY, "policy_std")
 
@@ -228,11 +226,8 @@ class AWAC(Learner):
 
     @torch.no_grad()
     def value(self, obs: torch.Tensor) -> torch.Tensor:
-        """V(s), the mean of Q over num_value_actions actions of the policy: (G, batch)."""
-        num = self.args.num_value_actions
-        actions = self.actor.sample(self.act(obs).repeat_interleave(num, dim=1))
-        repeated = obs.repeat_interleave(num, dim=1)
-        return self.q_value(repeated, actions).unflatten(1, (-1, num)).mean(2)
+        """V(s) = Q(s, pi(s)) of the action that is deployed: (G, batch)."""
+        return self.q_value(obs, self.act(obs))
 
 
 # --- Online transition correction ---

@@ -247,7 +247,7 @@ class BCQ(Learner):
 
     @torch.no_grad()
     def value(self, obs: torch.Tensor) -> torch.Tensor:
-        """V(s), the mean of Q over num_value_actions actions of the policy: (G, batch)."""
+        """V(s), the mean of Q over num_value_actions actions, each as of `explore`: (G, batch)."""
         num = self.args.num_value_actions
         repeated = obs.repeat_interleave(num, dim=1)
         actions = self.actor(repeated, self.vae.sample(repeated))

@@ -94,7 +94,7 @@ class Args(OnlineArgs):
     actor_learning_rate: float = 1e-4
     """Adam's, of the actor and of SAC's temperature"""
     critic_learning_rate: float = 1e-4
-    """Adam's, of the critics"""
+    """Adam's, of the critics and of the factor of --lagrange"""
     gamma: Share = 0.99
     """discount"""
     tau: Share = 0.005
@@ -107,8 +107,6 @@ class Args(OnlineArgs):
     """multiply the penalty's weight by a learned factor that keeps it near the target gap"""
     target_gap: float = 1.0
     """the penalty that --lagrange aims at"""
-    num_value_actions: int = 1
-    """sampled actions per state in V(s), for the value distance"""
 
 
 # --- Networks ---
@@ -254,11 +252,8 @@ class CQL(Learner):
 
     @torch.no_grad()
     def value(self, obs: torch.Tensor) -> torch.Tensor:
-        """V(s), the mean of Q over num_value_actions actions of the policy: (G, batch)."""
-        num = self.args.num_value_actions
-        repeated = obs.repeat_interleave(num, dim=1)
-        actions = self.actor.sample(*self.actor(self.scaled(obs)), num)[0].flatten(1, 2)
-        return self.q_value(repeated, actions).unflatten(1, (-1, num)).mean(2)
+        """V(s) = Q(s, pi(s)) of the action that is deployed: (G, batch)."""
+        return self.q_value(obs, self.act(obs))
 
 
 # --- Online transition correction ---

@@ -28,7 +28,7 @@ from common import cli, embedding, sampler, strategies
 from common.cli import Natural, OnlineArgs, Share
 from common.embedding import Distance
 from common.loop import Training
-from common.nets import Learner, adam, follow, mlp, step, twin
+from common.nets import Learner, adam, follow, legal_actions, mlp, step, twin
 from common.replay import Replay
 from common.strategies import Strategy
 
@@ -130,15 +130,12 @@ class DiscreteCQL(Learner):
         self.qf_optimizer = adam(self.live.parameters(), args.learning_rate)
         self.optimizers = [self.qf_optimizer]
 
-    def legal(self, obs: torch.Tensor) -> torch.Tensor:
-        """The mask of the legal actions, (G, batch, action_dim) bool; none when dead."""
-        return obs[..., -self.action_dim :] > 0.5
-
     def update(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One update of both critics on a batch as `Replay.gather` returns it; losses (G,)."""
         args, actions = self.args, batch["actions"]
         obs, next_obs = self.scaled(batch["obs"]), self.scaled(batch["next_obs"])
-        legal, next_legal = self.legal(batch["obs"]), self.legal(batch["next_obs"])
+        legal = legal_actions(batch["obs"], self.action_dim)
+        next_legal = legal_actions(batch["next_obs"], self.action_dim)
         # What happens while the agent is dead carries no loss.
         alive = legal.any(2).float()  # (G, batch)
         share = alive / alive.sum(1, keepdim=True).clamp(min=1)
@@ -184,12 +181,12 @@ class DiscreteCQL(Learner):
     @torch.no_grad()
     def act(self, obs: torch.Tensor) -> torch.Tensor:
         """The greedy legal action: (G, E, obs_dim) -> (G, E, action_dim), one-hot."""
-        return self.greedy(self.scaled(obs), self.legal(obs))
+        return self.greedy(self.scaled(obs), legal_actions(obs, self.action_dim))
 
     @torch.no_grad()
     def explore(self, obs: torch.Tensor) -> torch.Tensor:
         """Epsilon-greedy over the legal actions; shapes as of `act`."""
-        legal = self.legal(obs)
+        legal = legal_actions(obs, self.action_dim)
         uniform = one_hot_argmax(torch.rand(legal.shape, device=obs.device), legal)
         explores = torch.rand(legal.shape[:2], device=obs.device) < self.args.epsilon
         return torch.where(explores.unsqueeze(2), uniform, self.act(obs))
@@ -205,7 +202,8 @@ class DiscreteCQL(Learner):
         """V(s), Q of the greedy legal action, 0 where none is legal: (G, batch)."""
         scaled = self.scaled(obs)
         values = self.qf(scaled).amin(0)
-        return (values * one_hot_argmax(values, self.legal(obs))).sum(2)
+        legal = legal_actions(obs, self.action_dim)
+        return (values * one_hot_argmax(values, legal)).sum(2)
 
 
 def one_hot_argmax(scores: torch.Tensor, legal: torch.Tensor) -> torch.Tensor:

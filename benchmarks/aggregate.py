@@ -450,8 +450,7 @@ def draw(path: str, cells: Cells, parts: list, base: dict[str, str], args: Args)
         cells_of = [cell for (_, task), cell in cells.items() if task in tasks]
         its = {run.data_return for cell in cells_of for run in cell.values()}
         if len(tasks) == 1 and column == "mean_return" and len(its) == 1 and None not in its:
-            axis.axhline(value := its.pop(), color="grey", ls="--", lw=0.8)
-            axis.text(0, value, "the data's episodes", fontsize=7, color="grey", va="bottom")
+            axis.axhline(its.pop(), color="grey", ls="--", lw=0.8, label="the data's episodes")
     title, tasks, column = parts[0]
     if base:
         samples, pairs = of_methods(tasks, column, "curve"), {}

@@ -342,7 +342,9 @@ def draw_figure(rows: list[dict], path: str) -> None:
             f"nothing to draw in {path}: a team of one whose task has no simulator here"
         )
     size = 2.5 + 3 * len(titles), 0.42 * len(draws) + 1.4
-    figure, axes = plt.subplots(1, len(titles), figsize=size, sharey=True, squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(titles), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
     axes = axes[0]
     for axis, (key, title) in zip(axes, titles.items(), strict=True):
         for j, k in enumerate(at):
@@ -366,9 +368,13 @@ def draw_figure(rows: list[dict], path: str) -> None:
         axis.set_title(title, fontsize=9)
     axes[0].set_yticks(range(len(draws)), draws)
     axes[0].invert_yaxis()
-    axes[0].legend(fontsize=7)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=len(at),
+        fontsize=7,
+    )
     figure.suptitle(", ".join(dict.fromkeys(row["env"] for row in rows)), fontsize=9)
-    figure.tight_layout()
     figure.savefig(path, dpi=130)
 
 

@@ -358,7 +358,9 @@ def check_ranges(args) -> None:
         name, value = field.name, getattr(args, field.name)
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        may_be = range_of(hints[name]) or (Range(1, 10**6) if isinstance(value, int) else Range())
+        hint = hints[name]
+        is_float = float in (hint, *get_args(hint))  # which may hold an int, from a notebook
+        may_be = range_of(hint) or (Range() if is_float else Range(1, 10**6))
         expected = "more than 0" if may_be.open else f"at least {may_be.least}"
         limited = may_be.most <= 1 or value > may_be.most
         expected += f" and at most {may_be.most}" if limited else ""

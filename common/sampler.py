@@ -2,7 +2,7 @@
 
 Everything is batched over a leading group dimension G (agents times seeds), works on CPU and CUDA,
 and never waits for the host, so that a whole update can be captured in one CUDA graph. Random
-numbers come from `generator`, or from torch's default generator of the device.
+numbers come from torch's default generator of the device, or where there is one from `generator`.
 
 Source: Jiang and Lu, "Online Tuning for Offline Decentralized Multi-Agent Reinforcement Learning",
 AAAI 2023; equation and line numbers are that paper's.
@@ -122,15 +122,16 @@ def find_self_matches(candidates: torch.Tensor, references: torch.Tensor) -> tor
 def relative_to_mean(
     values: torch.Tensor, left_out: torch.Tensor | None = None, floor: float = 1e-3
 ) -> torch.Tensor:
-    """V / E[V] per group, as the next-state distance of d_q needs it: values (..., G, B) of that
+    """V / |E[V]| per group, as the next-state distance of d_q needs it: values (..., G, B) of that
     shape.
 
-    The entries of the mask `left_out` (G, B) do not enter the mean. Its magnitude is kept from
-    falling under `floor`, with its sign, so that values around zero do not blow up.
+    The entries of the mask `left_out` (G, B) do not enter the mean. What divides is its magnitude,
+    kept from falling under `floor`: values around zero do not blow up, and two means that zero
+    lies between do not turn one of the two sides that d_q compares around.
     """
     weight = torch.ones_like(values) if left_out is None else (~left_out).to(values.dtype)
     mean = (weight * values).sum(-1, keepdim=True) / weight.sum(-1, keepdim=True).clamp(min=1)
-    return values / torch.copysign(mean.abs().clamp(min=floor), mean)
+    return values / mean.abs().clamp(min=floor)
 
 
 def rank_at_random(distance: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -174,7 +174,8 @@ def make(replay: Replay, args, otc: type[Strategy]) -> Strategy:
 
 def strategy_name(args: dict) -> str:
     """How a run's updates draw their transitions, from its arguments: otc-value, otc-embedding, or
-    another --sampling, with what differs from the defaults; pi0 where nothing is deployed."""
+    another --sampling, with what of it differs from the defaults but the first of adaptive alphas;
+    pi0 where nothing is deployed."""
     if not args.get("deployments"):
         return "pi0"
     if args["sampling"] != "otc":

@@ -99,3 +99,11 @@ def test_another_versions_run_is_called_so(tmp_path):
 def test_a_cap_that_caps_nothing_is_refused(flags):
     with pytest.raises(InputError, match="--alpha-max .* caps an adaptive alpha"):
         cli.parse(importlib.import_module("otc_bcq").Args, flags.split())
+
+
+def test_a_float_that_is_given_as_an_int_has_a_floats_range():
+    """As a notebook may: such a run can be resumed."""
+    Args = importlib.import_module("otc_bcq").Args
+    cli.check_ranges(Args(alpha=0))
+    with pytest.raises(InputError, match="--candidates is 0; it must be at least 1"):
+        cli.check_ranges(Args(candidates=0))

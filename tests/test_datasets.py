@@ -99,6 +99,8 @@ def test_with_and_without_next_observations_agree(tmp_path):
     np.testing.assert_array_equal(shifted.next_obs[ongoing], full.next_obs[keep][ongoing])
     # a dropped last row leaves the end to the row before
     np.testing.assert_array_equal(keep[shifted.truncations], [8, 43, 58])
+    assert "what follows its ends is not known" in shifted.source
+    assert "follows" not in full.source
 
 
 @pytest.mark.parametrize("width", [111, 105, 27])
@@ -610,6 +612,15 @@ def test_download_without_network(server, place, monkeypatch):
 
 
 # --- Minari ---
+
+
+@pytest.mark.parametrize("task", ["hopper", "ant-local", "reacher-leader"])
+def test_minari_is_asked_for_the_robot_whatever_its_agents_see(task, monkeypatch):
+    asked = []
+    monkeypatch.setattr(readers, "read_minari", lambda name: asked.append(name) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        load(f"{task}-medium", "minari")
+    assert asked == [f"mujoco/{task.partition('-')[0]}/medium-v0"]
 
 
 def test_minari_is_not_installed(monkeypatch):

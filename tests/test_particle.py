@@ -261,7 +261,8 @@ def test_beta_in_the_data_and_over_the_deployments():
     for k, beta in ((1, 0.1), (2, 0.2)):
         vec.set_deployment(k, 1)
         np.testing.assert_allclose(betas(vec, 5), beta, atol=1e-6)
-    vec.set_deployment(1, 0)
+    vec.set_deployment(1, 0)  # no deployments: where pi^0 is judged
+    np.testing.assert_allclose(betas(vec, 5), 0.2, atol=1e-6)
     vec.set_deployment(0, 5)
     assert betas(vec, 20).std() > 0.1
 

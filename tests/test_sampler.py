@@ -410,7 +410,7 @@ def test_relative_to_mean(device, rng):
     values[2] += 4e-4 - values[2].mean()
     values[3] += -4e-4 - values[3].mean()
     result = array(relative_to_mean(to(values, device)))
-    expected = values / np.array([[values[0].mean()], [values[1].mean()], [1e-3], [-1e-3]])
+    expected = values / np.array([[values[0].mean()], [-values[1].mean()], [1e-3], [1e-3]])
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-4)
     assert relative_to_mean(torch.zeros(2, 3, device=device)).eq(0).all()
     wide = array(relative_to_mean(to(values, device), floor=10.0))

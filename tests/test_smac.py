@@ -123,7 +123,8 @@ def test_a_game_that_failed_is_a_cut(stand_in):
 
 def test_returns_tell_no_victory_where_shields_pay():
     """A Protoss enemy's shield pays anew after it has regenerated."""
-    assert all(TASKS[f"smac-3s_vs_{n}z"].win_return is None for n in (3, 4, 5))
+    zealots = "2m_vs_1z", "3s_vs_3z", "3s_vs_4z", "3s_vs_5z", "6h_vs_8z"
+    assert all(TASKS[f"smac-{name}"].win_return is None for name in zealots)
     assert win_rate("smac-3s_vs_5z", [25.0]) is None and win_rate("smac-3m", [20.0]) == 1
 
 

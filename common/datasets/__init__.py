@@ -78,6 +78,7 @@ def load(
     else:
         path = f"mujoco/{files.robot(task)}/{quality}-v0" if dataset == "minari" else dataset
         data, name = readers.read_minari(path), "Minari"
+    is_short = "next_observations" not in data and data["terminals"].any()
     found = team.lay_out(data, task, vec, str(path))
     if not is_folder:  # OMAR's have no word for it
         team.check_lengths(found, vec.max_episode_steps, str(path))
@@ -87,4 +88,5 @@ def load(
             raise InputError(f"--dataset-size {size}: {path} has only {total} transitions")
         found = team.thin(found, size)
     count = f"{len(found):,} transitions" + (f" of {total:,}" if len(found) < total else "")
-    return replace(found, source=f"{name}: {count}, {path}")
+    ends = "; no next_observations: what follows its ends is not known" if is_short else ""
+    return replace(found, source=f"{name}: {count}, {path}{ends}")

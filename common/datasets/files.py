@@ -81,8 +81,8 @@ def d4rl(task: str, quality: str) -> Path:
 
 
 def robot(task: str) -> str:
-    """What D4RL and Minari call a MuJoCo task, local or not."""
-    return task.removesuffix("-local")
+    """What D4RL and Minari call a MuJoCo task, whatever its agents see."""
+    return TASKS[task].env_id.partition("-")[0].lower()
 
 
 def download(url: str, path: Path) -> None:

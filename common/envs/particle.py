@@ -203,8 +203,8 @@ class Navigation(ParticleVecEnv):
         self.beta = None
 
     def set_deployment(self, k: int, num_deployments: int) -> None:
-        """beta goes from 0.1 in deployment 1 to 0.2 in the last, and stays there."""
-        progress = min(1.0, (k - 1) / max(1, num_deployments - 1))
+        """beta goes from 0.1 in deployment 1 to 0.2 in the last, and is 0.2 after it."""
+        progress = 1.0 if k > num_deployments else (k - 1) / max(1, num_deployments - 1)
         self.beta = None if k < 1 else np.float32(0.1 + 0.1 * progress)
 
     def move(self, actions: np.ndarray) -> None:

@@ -50,7 +50,7 @@ class Simulator:
         self.jax, smax = libraries(task)
         scenario = smax.map_name_to_scenario(TASKS[task].env_id)
         self.env = env = smax.HeuristicEnemySMAX(scenario=scenario)
-        self.num_agents, self.num_enemies = env.num_allies, env.num_enemies
+        self.num_agents = env.num_allies
         self.action_dim = env.num_ally_actions
         self.num_features = env.obs_size
         self.max_episode_steps = env.max_steps

@@ -57,7 +57,7 @@ SMAC_MAPS = (
     "3s_vs_5z 6h_vs_8z 2c_vs_64zg corridor so_many_baneling"
 ).split()
 # A shield that has regenerated pays anew: a return of 20 is no victory
-SMAC_SHIELDS = ("3s_vs_3z", "3s_vs_4z", "3s_vs_5z")
+SMAC_SHIELDS = ("2m_vs_1z", "3s_vs_3z", "3s_vs_4z", "3s_vs_5z", "6h_vs_8z")
 # Returns of an untrained policy and of the experts behind Barde et al.'s data, whose scores are
 # shares of the expert's. Entries of the state: cosines and sines of both joints' angles, target x
 # and y, both velocities, fingertip minus target
