@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from common import InputError
+from common.checkpoints import write_beside
 
 
 class Worker:
@@ -60,8 +61,12 @@ def check_outputs(*paths: str | None, figure: str | None = None, flag: str = "--
     """Find out before the work that what it makes can be kept, and a figure drawn.
 
     Raises:
-        InputError: it cannot, or the figure is no PNG file.
+        InputError: it cannot, two are one file, or the figure is no PNG file.
     """
+    named = [Path(path).resolve() for path in filter(None, (*paths, figure))]
+    twice = [path for path in named if named.count(path) > 1 and not path.is_char_device()]
+    if twice:
+        raise InputError(f"two outputs go to {twice[0]}: name two files")
     if figure and not figure.endswith(".png"):
         raise InputError(f"{flag} {figure} is not a name of a PNG file")
     if figure and find_spec("matplotlib") is None:
@@ -74,15 +79,19 @@ def check_outputs(*paths: str | None, figure: str | None = None, flag: str = "--
 
 
 def write(path: str, text: str, mode: str = "w") -> None:
-    """Write a file, or with mode "a" and no text find out that it can be written.
+    """Write a file as a whole or not at all, or with mode "a" and no text find out that it can be.
 
     Raises:
         InputError: it cannot, or would lie among a run's files.
     """
     if (Path(path).parent / "args.json").exists():
         raise InputError(f"{path} would lie in a run's folder: name another file")
+    target = Path(path).resolve()
     try:
-        with open(path, mode, newline="") as file:
-            file.write(text)
+        if mode == "w" and (target.is_file() or not target.exists()):
+            write_beside(target, text.encode())
+        else:  # a pipe or a terminal cannot be replaced
+            with open(path, mode, newline="") as file:
+                file.write(text)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None

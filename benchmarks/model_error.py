@@ -92,6 +92,7 @@ def measure(args: Args, folder: str) -> list[dict]:
     task, S = parse_env(run.env)[0], run.num_seeds
     envs = make_vec(task, S, run.seed, run.split)
     data = datasets.load(run.env, run.dataset, run.dataset_size, run.split, discrete=None)
+    checkpoints.check_unchanged(checkpoint, "data", data.fingerprint(), folder)
     limit = envs.max_episode_steps
     run, length = run.within(limit), min(args.horizon, limit)
     sizes = S * envs.num_agents, envs.obs_dim, envs.action_dim

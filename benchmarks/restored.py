@@ -55,6 +55,8 @@ def restore(folder: str, more: int = 0) -> Restored:
         raise InputError(f"{folder} has no deployment to match with")
     where = args.env, args.dataset, args.dataset_size, args.split
     dataset = datasets.load(*where, discrete=script == "otc_cql_discrete")
+    checkpoint = checkpoints.read_checkpoint(folder, "checkpoint.pt", script)
+    checkpoints.check_unchanged(checkpoint, "data", dataset.fingerprint(), folder)
     steps = cli.deployment_steps(args, len(dataset.rewards))
     replay = Replay(dataset, args.num_seeds, args.deployments + more, steps)
     sizes = replay.num_groups, replay.obs.shape[2], replay.actions.shape[2]

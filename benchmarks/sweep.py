@@ -326,7 +326,7 @@ class Place:
         if status in (130, 143, -signal.SIGTERM, -signal.SIGINT):
             return "stopped"
         (self.folder / "exit").write_text(f"{status}\n")
-        log = (self.folder / "log.txt").read_text().replace("\r", "\n").splitlines()
+        log = (self.folder / "log.txt").read_text(errors="replace").replace("\r", "\n").splitlines()
         last = next((line.strip() for line in reversed(log) if line.strip()), "")
         return f"failed, exit status {status}: {last[:200]}"
 

@@ -39,6 +39,7 @@ def main(args: Args) -> None:
     options = checkpoints.args_of(args.run, otc_bcq.Args)
     check_outputs(args.csv)
     dataset = datasets.load(options.env, options.dataset, options.dataset_size, options.split)
+    checkpoints.check_unchanged(checkpoint, "data", dataset.fingerprint(), args.run)
     replay = Replay(dataset, options.num_seeds, 0, 1)
     obs_dim, action_dim = replay.obs.shape[2], replay.actions.shape[2]
     agent = otc_bcq.BCQ(replay.num_groups, obs_dim, action_dim, options)

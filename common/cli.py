@@ -171,7 +171,12 @@ class OnlineArgs(OfflineArgs):
             )
 
 
-NO_MEMORY = ("alloc", "out of memory", "overflow")  # in the RuntimeErrors of torch and CUDA
+NO_MEMORY = (
+    "alloc_",
+    "can't allocate",
+    "out of memory",
+    "calculation overflow",
+)  # in the RuntimeErrors of torch and CUDA
 
 
 def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None:
@@ -182,6 +187,8 @@ def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     threading.excepthook = report_thread
+    if os.environ.get("COLUMNS", "").isdigit():  # below 6 the help is never done
+        os.environ["COLUMNS"] = str(max(20, int(os.environ["COLUMNS"])))
     try:
         main((parser or parse)(args_type, description=sys.modules[main.__module__].__doc__))
     except KeyboardInterrupt:  # before training, which saves and says how to go on

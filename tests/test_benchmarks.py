@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+import benchmarks
 from benchmarks import (
     Worker,
     drawn_transitions,
@@ -266,3 +267,27 @@ def test_scalars_of_runs_that_an_argument_tells_apart(tmp_path):
         + ("1", "otc/alpha", "3", value)
         for weight, value in (("0.5", "1.5"), ("0.05", "2.5"))
     ]
+
+
+def test_a_file_that_cannot_be_written_whole_is_left_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+    benchmarks.write_csv(str(path), [{"a": 1}])
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match="rows.csv cannot be written: No space left"):
+        benchmarks.write_csv(str(path), [{"a": 1}, {"a": 2}])
+    assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["rows.csv"]
+
+
+def test_two_outputs_are_two_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="two outputs go to .*a.csv"):
+        benchmarks.check_outputs("a.csv", str(tmp_path / "a.csv"))
+    benchmarks.check_outputs("a.csv", "b.csv", None)
+    benchmarks.check_outputs("/dev/null", "/dev/null")
+    benchmarks.write("/dev/null", "words")
+    assert Path("/dev/null").is_char_device() and not list(tmp_path.iterdir())

@@ -24,6 +24,7 @@ import torch
 from gymnasium.spaces import Box
 
 import otc_td3bc
+from benchmarks import restored
 from common import InputError, checkpoints, datasets, loop, runs
 from common.datasets import readers
 from common.envs import make_vec, workers
@@ -258,6 +259,9 @@ def test_other_data_is_refused_and_data_that_has_moved_is_not(
     for flags in (["--resume", folder], start):
         said = refused(capsys, run, monkeypatch, "otc_td3bc", *flags, "--dataset", moved)
         assert "the data is not what it was: 1,000 transitions with checksum" in said
+    moved.rename(mine)
+    with pytest.raises(InputError, match="the data is not what it was"):
+        restored.restore(str(folder))  # for the programs that look into a run
 
 
 def test_a_flipped_bit_is_found_or_does_not_matter(stopped):
@@ -525,6 +529,16 @@ class Exits(Point):
         raise SystemExit(3)
 
 
+class ExitsInReset(Point):
+    def reset(self, seed=None, options=None):
+        sys.exit()
+
+
+class ExitsInStep(Point):
+    def step(self, actions):
+        sys.exit(0)
+
+
 class OldReset(Point):
     def reset(self, seed=None, options=None):
         return super().reset(seed, options)[0]
@@ -673,6 +687,8 @@ class ArrayReward(Point):
     [
         (NeedsArguments, "NeedsArguments.. failed, TypeError: .*size.*\n.*needs no arguments"),
         (Exits, "failed, SystemExit: 3"),
+        (ExitsInReset, "reset ends all, SystemExit"),
+        (ExitsInStep, "step ends all, SystemExit: 0 .test_faults.py"),
         (OldReset, r"reset returned dict, expected \(observations, infos\)"),
         (OldStep, r"step returned 4 parts, expected \(observations, rewards, terminations"),
         (ManyRewards, r"step gave a reward of shape \(3,\), expected one number"),

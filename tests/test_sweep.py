@@ -216,7 +216,8 @@ def test_a_job_that_another_process_has_is_waited_for(job, monkeypatch):
 
 
 def test_a_job_says_how_it_failed(job, monkeypatch):
-    fails = [sys.executable, "-c", "print('these words'); exit(3)"]
+    words = "os.write(1, b'caf\\xe9\\n'); os.write(1, b'these words')"  # no UTF-8
+    fails = [sys.executable, "-c", f"import os; {words}; exit(3)"]
     monkeypatch.setattr(sweep.Place, "command", lambda its, out: fails)
     status, said = job(0)
     assert status == 1 and "failed, exit status 3: these words" in said

@@ -200,7 +200,7 @@ class ParallelTeam:
         self.obs = np.zeros((self.num_agents, self.obs_dim), dtype=np.float32)
 
     def reset(self, seed: int | None) -> np.ndarray:
-        returned = self.env.reset(seed=seed)
+        returned = self._call(self.env.reset, seed=seed)
         parts = ("observations", "infos")
         observations, infos = results_of(returned, parts, f"{self.name!r}: reset")
         missing = [agent for agent in self.agents if agent not in observations]
@@ -231,7 +231,7 @@ class ParallelTeam:
                 # rounding can carry an action just over a bound, which some environments refuse
                 own[agent] = np.clip(its, space.low, space.high).astype(space.dtype)
         parts = ("observations", "rewards", "terminations", "truncations", "infos")
-        returned = results_of(self.env.step(own), parts, f"{self.name!r}: step")
+        returned = results_of(self._call(self.env.step, own), parts, f"{self.name!r}: step")
         observations, rewards, terminations, truncations, _ = returned
         try:
             truncated, ended = any(truncations.values()), any(terminations.values())
@@ -253,6 +253,15 @@ class ParallelTeam:
         reward = sum(self._reward(rewards.get(agent, 0.0)) for agent in self.agents)
         reward /= self.num_agents
         return self._fill(observations), reward, terminated, truncated
+
+    def _call(self, method, *args, **options):
+        """What a method of the environment gives, which may not end the run by itself."""
+        try:
+            return method(*args, **options)
+        except SystemExit as error:
+            raise InputError(
+                f"{self.name!r}: {method.__name__} ends all, {located(error)}"
+            ) from error
 
     def _reward(self, reward) -> float:
         """A number, or an array of one."""
