@@ -171,12 +171,8 @@ class OnlineArgs(OfflineArgs):
             )
 
 
-NO_MEMORY = (
-    "alloc_",
-    "can't allocate",
-    "out of memory",
-    "calculation overflow",
-)  # in the RuntimeErrors of torch and CUDA
+# In the RuntimeErrors of torch and CUDA
+NO_MEMORY = ("alloc_", "can't allocate", "out of memory", "calculation overflow")
 
 
 def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None:
