@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 import subprocess
 import tempfile
 from importlib.util import find_spec
@@ -87,10 +88,11 @@ def write(path: str, text: str, mode: str = "w") -> None:
     if (Path(path).parent / "args.json").exists():
         raise InputError(f"{path} would lie in a run's folder: name another file")
     target = Path(path).resolve()
+    is_special = target.exists() and not target.is_file()
     try:
-        if mode == "w" and (target.is_file() or not target.exists()):
+        if mode == "w" and not is_special and os.access(target.parent, os.W_OK):
             write_beside(target, text.encode())
-        else:  # a pipe or a terminal cannot be replaced
+        else:  # a pipe or a terminal, or a file in a folder that takes no new ones
             with open(path, mode, newline="") as file:
                 file.write(text)
     except OSError as error:

@@ -62,5 +62,6 @@ def restore(folder: str, more: int = 0) -> Restored:
     sizes = replay.num_groups, replay.obs.shape[2], replay.actions.shape[2]
     agent = getattr(module, LEARNERS[script])(*sizes, args)
     run = Restored(checkpoints.seeds_folders(folder)[0], script, module, args, steps, replay, agent)
-    replay.load_state_dict(run.policy("checkpoint.pt")["replay"])
+    agent.load_state_dict(checkpoint["agent"])
+    replay.load_state_dict(checkpoint["replay"])
     return run

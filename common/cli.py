@@ -171,8 +171,11 @@ class OnlineArgs(OfflineArgs):
             )
 
 
-# In the RuntimeErrors of torch and CUDA
-NO_MEMORY = ("alloc_", "can't allocate", "out of memory", "calculation overflow")
+# In the RuntimeErrors of torch and CUDA; not every allocation is one of memory
+NO_MEMORY = (
+    *("alloc_", "allocate", "allocator", "memory allocation", "memoryallocation"),
+    *("out of memory", "overflow"),
+)
 
 
 def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None:
@@ -183,8 +186,9 @@ def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     threading.excepthook = report_thread
-    if os.environ.get("COLUMNS", "").isdigit():  # below 6 the help is never done
-        os.environ["COLUMNS"] = str(max(20, int(os.environ["COLUMNS"])))
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and 0 < int(columns) < 20:  # below 6 the help is never done
+        os.environ["COLUMNS"] = "20"
     try:
         main((parser or parse)(args_type, description=sys.modules[main.__module__].__doc__))
     except KeyboardInterrupt:  # before training, which saves and says how to go on

@@ -281,6 +281,9 @@ def test_a_file_that_cannot_be_written_whole_is_left_as_it_was(tmp_path, monkeyp
     with pytest.raises(InputError, match="rows.csv cannot be written: No space left"):
         benchmarks.write_csv(str(path), [{"a": 1}, {"a": 2}])
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["rows.csv"]
+    monkeypatch.setattr("os.access", lambda *of: False)  # a folder that takes no new file
+    benchmarks.write_csv(str(path), [{"a": 3}])
+    assert path.read_bytes() == b"a\n3\n"
 
 
 def test_two_outputs_are_two_files(tmp_path, monkeypatch):

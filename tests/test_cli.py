@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import inspect
 import json
+import os
 import re
 import sys
 import typing
@@ -68,6 +69,9 @@ def test_every_choice_of_a_resumed_run_is_one(script):
         "CUDA error: out of memory\nCUDA kernel errors might be reported later",
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "[enforce fail at alloc_cpu.cpp:118] err == 0",
+        "numel: integer multiplication overflow",
+        "Storage size calculation overflowed with sizes=[1000000000, 1000000000]",
+        "unable to mmap 4096 bytes from file: Cannot allocate memory (12)",
     ],
 )
 def test_a_lack_of_memory_is_said_in_a_line(text, capsys, monkeypatch):
@@ -79,9 +83,23 @@ def test_a_lack_of_memory_is_said_in_a_line(text, capsys, monkeypatch):
         cli.cli(main, int, lambda *_, **__: 0)
     assert exit.value.code == 2
     assert capsys.readouterr().err == f"error: MemoryError: {text.splitlines()[0]}\n"
-    text = "mat1 and mat2 shapes cannot be multiplied"  # a fault of ours keeps its traceback
-    with pytest.raises(RuntimeError, match="mat1"):
-        cli.cli(main, int, lambda *_, **__: 0)
+    # a fault of ours, or of a task's, keeps its traceback
+    for text in (  # noqa: B007, main reads it
+        "mat1 and mat2 shapes cannot be multiplied",
+        "mat1 is not in the task allocation table",
+    ):
+        with pytest.raises(RuntimeError, match="mat1"):
+            cli.cli(main, int, lambda *_, **__: 0)
+
+
+@pytest.mark.parametrize("columns, then", [("5", "20"), ("0", "0"), ("19", "20"), ("100", "100")])
+def test_a_narrow_terminal_gets_columns_enough_for_the_help(columns, then, monkeypatch):
+    def main(args):
+        assert os.environ["COLUMNS"] == then
+
+    monkeypatch.setattr(main, "__module__", __name__)
+    monkeypatch.setenv("COLUMNS", columns)
+    cli.cli(main, int, lambda *_, **__: 0)
 
 
 def test_another_versions_run_is_called_so(tmp_path):

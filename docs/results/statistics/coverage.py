@@ -1,3 +1,5 @@
+"""PYTHONPATH=. python docs/results/statistics/coverage.py > coverage.csv"""
+
 import numpy as np
 
 from benchmarks.aggregate import bootstrap, iqm
