@@ -17,6 +17,10 @@ class InputError(ValueError):
     """What the user got wrong, in one or two lines; the scripts print it and exit with status 2."""
 
 
+class Stopped(SystemExit):
+    """A run's own end after a signal, with status 128 + signal, wherever it was heard."""
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """The valid names, those nearest to `name` first, for the end of an error message."""
     names = list(names)

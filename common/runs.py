@@ -23,7 +23,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from common import InputError, code_version, expanded, release
+from common import InputError, Stopped, code_version, expanded, release
 from common.checkpoints import FORMAT, read_record, seeds_folders, stamp_of, write_beside
 from common.datasets import is_omar, parse_env
 from common.envs.tasks import normalized_score, win_rate
@@ -362,7 +362,7 @@ class Run:
         save()
         self.close()
         print(f"stopped; continue with --resume {quote(str(self.folders[0]))}", file=sys.stderr)
-        sys.exit(128 + self.stop_signal)
+        raise Stopped(128 + self.stop_signal)
 
     def close(self) -> None:
         """Flush TensorBoard, end what is tracked, and put the signals' handlers back."""

@@ -29,7 +29,7 @@ import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete
 from pettingzoo import ParallelEnv
 
-from common import InputError, nearest
+from common import InputError, Stopped, nearest
 from common.envs.vec import VecEnv, choose, own_entries
 
 
@@ -258,6 +258,8 @@ class ParallelTeam:
         """What a method of the environment gives, which may not end the run by itself."""
         try:
             return method(*args, **options)
+        except Stopped:  # by a signal that came while it ran
+            raise
         except SystemExit as error:
             raise InputError(
                 f"{self.name!r}: {method.__name__} ends all, {located(error)}"
