@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import tyro
@@ -48,9 +48,9 @@ class Args:
     mixed: bool = False
     """take together what differs in its settings, its data, the code's commit or in how many seeds
     train together"""
-    resamples: int = 10_000
+    resamples: Annotated[int, cli.Range(100, 10**6)] = 10_000
     """of the bootstrap"""
-    bootstrap_seed: int = 0
+    bootstrap_seed: cli.Natural = 0
     """of the resamples"""
 
 
@@ -483,10 +483,6 @@ def draw(path: str, cells: Cells, parts: list, base: dict[str, str], args: Args)
 
 
 def main(args: Args) -> None:
-    if args.bootstrap_seed < 0:
-        raise InputError(f"--bootstrap-seed is {args.bootstrap_seed}; it must be at least 0")
-    if args.resamples < 100:
-        raise InputError(f"--resamples is {args.resamples}; it must be at least 100")
     cells, said = read(args)
     base = baselines(cells, args.baseline)
     methods, tasks = (sorted({key[i] for key in cells}) for i in (0, 1))

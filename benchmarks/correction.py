@@ -381,8 +381,8 @@ def draw_figure(rows: list[dict], path: str) -> None:
 def main(args: Args) -> None:
     if not args.folders:
         raise InputError("no run folders given")
-    if min(args.at, default=0) < 1 or args.draws < 1:
-        raise InputError("--at and --draws must be 1 or more")
+    if not args.at:
+        raise InputError("--at: expected one deployment or more")
     check_outputs(args.csv, figure=args.figure)
     rows = []
     for folder in args.folders:

@@ -90,8 +90,6 @@ def look(folder: str, args: Args) -> list[dict]:
 def main(args: Args) -> None:
     if not args.folders:
         raise InputError("no run folders given")
-    if args.draws < 1:
-        raise InputError(f"--draws {args.draws}: expected at least 1")
     check_outputs(args.csv)
     rows = [row for folder in args.folders for row in look(folder, args)]
     numbers = [key for key, value in rows[0].items() if isinstance(value, float)]

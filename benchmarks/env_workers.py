@@ -22,7 +22,7 @@ class Args:
     """tasks of common.envs"""
     num_envs: int = 10
     """teams side by side, as in an evaluation of one seed"""
-    workers: int | None = None
+    workers: cli.Natural | None = None
     """processes beside the first; default: one per further core"""
     steps: int = 300
     """of every team and repetition"""

@@ -7,6 +7,7 @@ ends at the higher peak, by gradient ascent and by the sampler with one to many 
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import tyro
@@ -22,7 +23,7 @@ class Args:
     """file for the shares"""
     figure: str | None = None
     """PNG file"""
-    start: float = -0.4
+    start: Annotated[float, cli.Range(-1, 1)] = -0.4
     """the policies' action"""
     states: int = 1000
     """states, each with its own noise"""

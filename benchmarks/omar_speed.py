@@ -31,7 +31,7 @@ class Args:
     """transitions per update"""
     repetitions: int = 5
     """rounds through all learners"""
-    device: str = "auto"
+    device: cli.Device = "auto"
     """auto, cpu or cuda"""
     csv: str | None = None
     """file for the raw times, a row per round"""

@@ -55,9 +55,9 @@ class Args:
     learning_rate: float = 1e-3
     hidden_size: int = 64
     denoiser_size: int = 32
-    dropout: float = 0.0
+    dropout: cli.Share = 0.0
     control_variate: bool = True
-    device: str = "cpu"
+    device: cli.Device = "cpu"
 
 
 # --- Exact ---

@@ -42,7 +42,7 @@ class Args:
     """per seed"""
     model_updates: int = 2000
     policy_updates: int = 600
-    device: str = "cpu"
+    device: cli.Device = "cpu"
     settings: omsd.Args = field(default_factory=omsd.Args)
     """of the script"""
 

@@ -29,7 +29,7 @@ class Args:
     env: str = "simple-spread-expert"
     """built-in data; its values do not matter"""
     dataset_size: int = 20_000
-    device: str = "cpu"
+    device: cli.Device = "cpu"
 
 
 def main(args: Args) -> None:

@@ -50,13 +50,13 @@ class Args:
     """seeds trained together here"""
     repetitions: int = 7
     """rounds through everything"""
-    seconds: float = 0.5
+    seconds: cli.Positive = 0.5
     """least time that each side is run for in a round"""
     environment: Path | None = None
     """the peer's virtual environment, made where there is none; default: in the cache"""
     compile: bool = False
     """d3rlpy's compiled mode"""
-    device: str = "auto"
+    device: cli.Device = "auto"
     """auto, cpu or cuda"""
     json: str | None = None
     """file for the raw times"""

@@ -3,6 +3,8 @@
 python -m benchmarks.scalars runs/RUN runs/RUN --csv FILE.csv
 """
 
+import os
+import sys
 from dataclasses import dataclass
 
 import tyro
@@ -26,7 +28,7 @@ class Args:
 
 def main(args: Args) -> None:
     rows, names = [], [name.replace("-", "_") for name in args.by]
-    for folder in args.runs:
+    for folder in dict.fromkeys(map(os.path.normpath, args.runs)):
         run = checkpoints.read_record(folder)
         for name in names:
             if name not in run["args"]:
@@ -34,18 +36,20 @@ def main(args: Args) -> None:
         added = "".join(f" {name}={run['args'][name]}" for name in names)
         events = EventAccumulator(folder, size_guidance={"scalars": 0})
         events.Reload()
-        for tag in events.Tags()["scalars"]:
-            if tag.startswith(args.tags):
-                first = {
-                    "script": run["script"],
-                    "env": run["args"]["env"],
-                    "strategy": strategies.strategy_name(run["args"]) + added,
-                    "seed": run["seed"],
-                    "tag": tag,
-                }
-                rows += [
-                    first | {"step": e.step, "value": f"{e.value:.6g}"} for e in events.Scalars(tag)
-                ]
+        tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(args.tags)]
+        if not tags:
+            print(f"{folder} has no such tag", file=sys.stderr)
+        for tag in tags:
+            first = {
+                "script": run["script"],
+                "env": run["args"]["env"],
+                "strategy": strategies.strategy_name(run["args"]) + added,
+                "seed": run["seed"],
+                "tag": tag,
+            }
+            rows += [
+                first | {"step": e.step, "value": f"{e.value:.6g}"} for e in events.Scalars(tag)
+            ]
     if not rows:
         tags = " or ".join(args.tags)
         raise InputError(

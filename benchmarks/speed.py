@@ -64,9 +64,9 @@ class Args:
     """seeds trained together"""
     repetitions: int = 5
     """rounds through all strategies"""
-    seconds: float = 0.2
+    seconds: cli.Positive = 0.2
     """least time that a strategy is run for in a round"""
-    device: str = "auto"
+    device: cli.Device = "auto"
     """auto, cpu or cuda"""
     json: str | None = None
     """file for the raw times"""

@@ -68,7 +68,7 @@ class Args:
     """folder of all sweeps"""
     executor: Literal["local", "ray", "slurm"] = "local"
     """slurm writes two job arrays and submits nothing"""
-    workers: int | None = None
+    workers: cli.Natural | None = None
     """jobs at a time on this machine; default: its cores"""
     address: str | None = None
     """of a Ray cluster, such as auto; default: Ray on this machine"""
@@ -76,7 +76,7 @@ class Args:
     """for Ray and SLURM; Ray takes fractions"""
     csv: str | None = None
     """report: file for every return"""
-    number: int | None = None
+    number: cli.Natural | None = None
     """job: which of the plan's jobs"""
 
 
@@ -325,7 +325,8 @@ class Place:
             return "done"
         if status in (130, 143, -signal.SIGTERM, -signal.SIGINT):
             return "stopped"
-        (self.folder / "exit").write_text(f"{status}\n")
+        with contextlib.suppress(OSError):  # a full disk's: without it the job is resumable
+            (self.folder / "exit").write_text(f"{status}\n")
         log = (self.folder / "log.txt").read_text(errors="replace").replace("\r", "\n").splitlines()
         last = next((line.strip() for line in reversed(log) if line.strip()), "")
         return f"failed, exit status {status}: {last[:200]}"
@@ -437,7 +438,13 @@ class Sweep:
             elif len(self.running) < self.executor.slots and (
                 start is None or start.key in self.done
             ):
-                handle = self.executor.begin(place)
+                try:
+                    handle = self.executor.begin(place)
+                except OSError as error:  # of its folder
+                    self.waiting.remove(key)
+                    self.failed[key] = f"not begun: {error}"
+                    self.say(key, self.failed[key])
+                    continue
                 if handle is not None:  # None: another process has it
                     self.waiting.remove(key)
                     self.running[key] = handle

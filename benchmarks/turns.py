@@ -35,7 +35,7 @@ class Args:
     """seeds trained together"""
     repetitions: int = 7
     """rounds through both"""
-    seconds: float = 0.3
+    seconds: cli.Positive = 0.3
     """least time that each is run for in a round"""
     json: str | None = None
     """file for the raw times"""

@@ -46,15 +46,15 @@ class Args:
     """task and data quality"""
     num_seeds: tuple[int, ...] = (1, 5)
     """seeds of each run"""
-    offline_updates: int = 100_000
+    offline_updates: cli.Natural = 100_000
     """updates before the first deployment"""
-    deployments: int = 10
+    deployments: cli.Natural = 10
     """K"""
     deployment_steps: int = 10_000
     """M"""
-    finetune_updates: int = 4000
+    finetune_updates: cli.Natural = 4000
     """updates after each deployment"""
-    device: str = "auto"
+    device: cli.Device = "auto"
     """auto, cpu or cuda"""
     json: str | None = None
     """file for the seconds"""

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
-import torch
 import tyro
 
 from common import InputError, checkpoints, flag, runs
@@ -39,6 +38,7 @@ Natural = Annotated[int, Range(0)]
 Count = Annotated[int, Range(1)]
 Positive = Annotated[float, Range(open=True)]
 Share = Annotated[float, Range(0, 1)]
+Device = Literal["auto", "cpu", "cuda"]
 
 # Of an algorithm's arguments, those that say how the policy is tuned and not what it is
 OF_TUNING = ("finetune_updates", "distance", "value_mean")
@@ -83,7 +83,7 @@ class OfflineArgs:
     env_workers: Natural | None = None
     """processes beside this one that step the environments, the numbers stay the same; default: one
     per further core where there are enough environments, none for those that step as one batch"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     """auto: CUDA where there is one"""
     threads: int | None = None
     """of the CPU; default: OMP_NUM_THREADS where it is set, else 1: a second one gains nothing here
@@ -127,8 +127,6 @@ class OfflineArgs:
         Raises:
             InputError: names the flags and what they may be.
         """
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda: no CUDA device is available; use --device cpu or auto")
         if self.track and find_spec("wandb") is None:
             raise InputError("--track needs Weights & Biases: pip install wandb")
 
@@ -190,7 +188,10 @@ def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None
     if columns.isdecimal() and 0 < int(columns) < 20:  # below 6 the help is never done
         os.environ["COLUMNS"] = "20"
     try:
-        main((parser or parse)(args_type, description=sys.modules[main.__module__].__doc__))
+        args = (parser or parse)(args_type, description=sys.modules[main.__module__].__doc__)
+        if parser is not None and dataclasses.is_dataclass(args):
+            check_ranges(args)
+        main(args)
     except KeyboardInterrupt:  # before training, which saves and says how to go on
         say("interrupted")
         sys.exit(130)
@@ -355,14 +356,15 @@ def range_of(hint) -> Range | None:
 
 
 def check_ranges(args) -> None:
-    """Refuse a number that is out of its range.
+    """Refuse a number, also one of several, that is out of its range.
 
     Raises:
         InputError: names the flag, its value and what it may be.
     """
     hints = get_type_hints(type(args), include_extras=True)
-    for field in dataclasses.fields(args):
-        name, value = field.name, getattr(args, field.name)
+    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
+    numbers = [(n, x) for n, v in given.items() for x in (v if isinstance(v, tuple) else (v,))]
+    for name, value in numbers:
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         hint = hints[name]

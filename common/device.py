@@ -9,16 +9,24 @@ from pathlib import Path
 
 import torch
 
+from common import InputError
+
 
 def pick_device(args) -> torch.device:
     """--device as torch understands it; `auto` is CUDA where there is one. The process takes
     --threads of the CPU; there it keeps the memory that it frees and takes the faster matrix
-    products."""
+    products.
+
+    Raises:
+        InputError: there is no CUDA device.
+    """
     threads = getattr(args, "threads", None)  # benchmarks have no such argument
     if threads is not None or "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads or 1)
     has_cuda = torch.cuda.is_available()
     name = args.device if args.device != "auto" else "cuda" if has_cuda else "cpu"
+    if name == "cuda" and not has_cuda:
+        raise InputError("--device cuda: no CUDA device is available; use --device cpu or auto")
     if name == "cpu":
         keep_freed_memory()
         multiply_by_onednn()

@@ -234,7 +234,9 @@ def test_tools_refuse_what_they_cannot_read(tmp_path, refusal):
     torch.save({"agent": {}, "progress": (0, 100), "script": "otc_td3bc"}, run / "offline.pt")
     assert "of otc_td3bc, not otc_bcq" in refusal(value_actions, run, "--csv", out)
     assert "no run folders" in refusal(drawn_transitions, "--csv", out)
-    assert "--draws 0" in refusal(drawn_transitions, run, "--draws", 0, "--csv", out)
+    assert "--draws is 0" in refusal(drawn_transitions, run, "--draws", 0, "--csv", out)
+    assert "--seconds is nan" in refusal(turns, "--before", run, "--seconds", "nan", "--json", out)
+    assert "--num-seeds is 0" in refusal(turns, "--before", run, "--num-seeds", 1, 0)
     assert "--workers 1 or more" in refusal(env_workers, "--workers", 0, "--csv", out)
     assert "--scripts iql: did you mean" in refusal(speed, "--scripts", "iql", "--json", out)
     argv = "--csv", out, "--fields", out, "--weightings"
@@ -247,7 +249,8 @@ def test_tools_refuse_what_they_cannot_read(tmp_path, refusal):
     assert "has no such argument" in refusal(scalars, run, "--by", "nope", "--csv", out)
 
 
-def test_scalars_of_runs_that_an_argument_tells_apart(tmp_path):
+def test_scalars_of_runs_that_an_argument_tells_apart(tmp_path, capsys):
+    """A run that is named twice counts once; one that has none is said."""
     some = {"deployments": 1, "sampling": "uniform"}
     runs = [
         fake_run(tmp_path, "otc_bcq", 1, [1.0, 2.0], embedding_kl_weight=weight, **some)
@@ -258,8 +261,10 @@ def test_scalars_of_runs_that_an_argument_tells_apart(tmp_path):
             writer.add_scalar("otc/alpha", value, 3)
             writer.add_scalar("charts/return", value, 3)
     out = tmp_path / "scalars.csv"
-    argv = tuple(map(str, runs)), str(out)
+    empty = fake_run(tmp_path, "otc_bcq", 2, [1.0, 2.0], embedding_kl_weight=0.5, **some)
+    argv = (*map(str, runs), f"{runs[0]}/", str(empty)), str(out)
     scalars.main(scalars.Args(*argv, by=("embedding-kl-weight",)))
+    assert capsys.readouterr().err == f"{empty} has no such tag\n"
     with open(out, newline="") as file:
         rows = [tuple(row.values()) for row in csv.DictReader(file)]
     assert rows == [

@@ -224,6 +224,34 @@ def test_a_job_says_how_it_failed(job, monkeypatch):
     assert job.places[0].state() == "failed"
 
 
+def test_a_job_that_cannot_be_begun_is_listed_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
+    """An executor whose first job meets a full disk and whose others end at once."""
+    done = []
+
+    class Executor:
+        slots = 1
+
+        def begin(self, place):
+            if not done and "1" in place.job.name[-1]:
+                raise OSError(28, "No space left on device")
+            done.append(place.job.key)
+            return place
+
+        def status(self, place):
+            return 0
+
+    monkeypatch.setattr(sweep.Place, "is_done", lambda its: its.job.key in done)
+    monkeypatch.setattr(sweep.signal, "signal", lambda *_: None)
+    jobs = sweep.jobs_of(
+        {**GRID, "envs": ["hopper-medium"], "scripts": ["otc_bcq"], "seeds": 2}
+        | {"strategies": ["uniform"], "seeds-per-job": 1}
+    )
+    assert sweep.Sweep(jobs, tmp_path, Executor()).run() == 1
+    said = capsys.readouterr().out
+    assert "pi0-1: not begun: [Errno 28] No space left on device" in said
+    assert "uniform-1: not begun: its offline job failed" in said and len(done) == 2
+
+
 # --- Whole sweeps ---
 
 
