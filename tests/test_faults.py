@@ -593,6 +593,10 @@ class SetOfAgents(Point):
     possible_agents = {"x", "y"}
 
 
+class NobodyThere(Point):
+    possible_agents = None
+
+
 class Twins(Point):
     possible_agents = ["x", "x"]
 
@@ -693,6 +697,7 @@ class ArrayReward(Point):
         (OldStep, r"step returned 4 parts, expected \(observations, rewards, terminations"),
         (ManyRewards, r"step gave a reward of shape \(3,\), expected one number"),
         (SetOfAgents, "expected a list of different names"),
+        (NobodyThere, "has no possible_agents, expected the names of its agents"),
         (Twins, r"possible_agents \['x', 'x'\], expected a list of different names"),
         (Unbounded, "expected finite bounds, and float32 their distance"),
         (Blind, "its agents observe no number at all"),

@@ -117,8 +117,8 @@ class ParallelTeam:
                 "(pettingzoo.utils.aec_to_parallel converts an AECEnv)"
             )
         self.env, self.name = env, name
-        possible = getattr(env, "possible_agents", [])
-        self.agents = list(possible)
+        possible = getattr(env, "possible_agents", None)
+        self.agents = [] if possible is None else list(possible)
         if not self.agents:
             raise InputError(f"{name!r} has no possible_agents, expected the names of its agents")
         if isinstance(possible, set | frozenset) or len(set(self.agents)) < len(self.agents):
