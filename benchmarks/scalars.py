@@ -36,10 +36,10 @@ def main(args: Args) -> None:
         added = "".join(f" {name}={run['args'][name]}" for name in names)
         events = EventAccumulator(folder, size_guidance={"scalars": 0})
         events.Reload()
-        tags = [tag for tag in events.Tags()["scalars"] if tag.startswith(args.tags)]
-        if not tags:
+        found = [tag for tag in events.Tags()["scalars"] if tag.startswith(args.tags)]
+        if not found:
             print(f"{folder} has no such tag", file=sys.stderr)
-        for tag in tags:
+        for tag in found:
             first = {
                 "script": run["script"],
                 "env": run["args"]["env"],

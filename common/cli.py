@@ -356,7 +356,7 @@ def range_of(hint) -> Range | None:
 
 
 def check_ranges(args) -> None:
-    """Refuse a number, also one of several, that is out of its range.
+    """Refuse a number, also one of several and those of arguments within, that is out of its range.
 
     Raises:
         InputError: names the flag, its value and what it may be.
@@ -365,6 +365,8 @@ def check_ranges(args) -> None:
     given = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
     numbers = [(n, x) for n, v in given.items() for x in (v if isinstance(v, tuple) else (v,))]
     for name, value in numbers:
+        if dataclasses.is_dataclass(value):
+            check_ranges(value)
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         hint = hints[name]

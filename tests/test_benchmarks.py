@@ -234,6 +234,7 @@ def test_tools_refuse_what_they_cannot_read(tmp_path, refusal):
     torch.save({"agent": {}, "progress": (0, 100), "script": "otc_td3bc"}, run / "offline.pt")
     assert "of otc_td3bc, not otc_bcq" in refusal(value_actions, run, "--csv", out)
     assert "no run folders" in refusal(drawn_transitions, "--csv", out)
+    assert "--gamma is 5.0" in refusal(omsd_beta, "--settings.gamma", 5, "--csv", out)
     assert "--draws is 0" in refusal(drawn_transitions, run, "--draws", 0, "--csv", out)
     assert "--seconds is nan" in refusal(turns, "--before", run, "--seconds", "nan", "--json", out)
     assert "--num-seeds is 0" in refusal(turns, "--before", run, "--num-seeds", 1, 0)
