@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import math
 import os
@@ -104,6 +105,20 @@ def shared():
 def test_one_environment_is_not_many():
     with pytest.raises(InputError, match="the same environment twice"):
         make_vec(f"{__name__}:shared", 2, 0)
+
+
+def changing():
+    env = Point()
+    env.max_episode_steps = next(LIMITS)
+    return env
+
+
+LIMITS = itertools.count(5)
+
+
+def test_environments_that_differ_are_refused():
+    with pytest.raises(InputError, match="the limit of its steps differs between env.*: 5, 6"):
+        make_vec(f"{__name__}:changing", 2, 0)
 
 
 def test_numbers_that_are_none_are_told_apart():

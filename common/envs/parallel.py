@@ -197,6 +197,12 @@ class ParallelTeam:
             raise InputError(
                 f"{name!r}: reset takes no seed, expected reset(seed=None, options=None)"
             )
+        self.form = {
+            "order of its agents": self.agents,
+            "size of its observations": self.obs_sizes,
+            "space of its actions": self.spaces,
+            "limit of its steps": self.max_episode_steps,
+        }
         self.obs = np.zeros((self.num_agents, self.obs_dim), dtype=np.float32)
 
     def reset(self, seed: int | None) -> np.ndarray:
@@ -311,11 +317,20 @@ class ParallelTeam:
         self.env.close()
 
 
+def refuse_others(task: str, form: dict, other: dict, who: str) -> None:
+    """Raises InputError where one environment of a task is made otherwise than another."""
+    for what, its in form.items():
+        if other[what] != its:
+            raise InputError(f"{task}: the {what} differs between {who}: {its}, {other[what]}")
+
+
 def make_vec(task: str, num_envs: int, seed: int) -> VecEnv:
     """See `common.envs.make_vec`."""
     teams = [ParallelTeam(task) for _ in range(num_envs)]
     if len({id(team.env) for team in teams}) < num_envs:
         raise InputError(f"{task} gave the same environment twice, expected a new one at each call")
+    for team in teams[1:]:
+        refuse_others(task, teams[0].form, team.form, "environments")
     for kind, sizes in (("observations", teams[0].obs_sizes), ("actions", teams[0].action_sizes)):
         if len(set(sizes)) > 1:
             note(

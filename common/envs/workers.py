@@ -25,6 +25,7 @@ import numpy as np
 
 from common import InputError
 from common.envs.families import make_vec
+from common.envs.parallel import refuse_others
 from common.envs.vec import VecEnv
 
 try:
@@ -152,6 +153,7 @@ class WorkerVecEnv(VecEnv):
             for rows in np.array_split(np.arange(num_envs), self.num_workers + 1)
         ]
         self.own = make_vec(task, self.shares[0].stop, seed, split)
+        self.form = form_of(self.own)
         super().__init__(self.own.teams, seed)
         self.num_envs = num_envs
         self.processes: list[subprocess.Popen] = []
@@ -175,7 +177,7 @@ class WorkerVecEnv(VecEnv):
                     start_new_session=True,  # Ctrl-C is for this process alone
                 )
                 self.processes.append(process)
-                self._tell(process, (self.task, self.split, sizes, number, share, self.agents))
+                self._tell(process, (self.task, self.split, sizes, number, share, self.form))
             self.shared["orders"][0] = 1  # their first: to begin
             self._wait()
         if self.deployment is not None:
@@ -243,20 +245,26 @@ class WorkerVecEnv(VecEnv):
         self.own.close()
 
 
+def form_of(vec: VecEnv) -> dict:
+    """What may differ from process to process: of a PettingZoo task alone."""
+    return getattr(next(iter(vec.teams), None), "form", {})
+
+
 def work(fd: int, parent: int) -> None:
     """A process: carries out orders until its parent is gone."""
     told = sys.stdin.buffer
     try:
-        task, split, sizes, number, share, agents = pickle.load(told)
+        task, split, sizes, number, share, form = pickle.load(told)
     except (EOFError, pickle.UnpicklingError):  # its parent was killed meanwhile
         sys.exit()
     shared = shared_arrays(fd, sizes)
     orders, done = shared["orders"], shared["done"][number]
     mine = {name: shared[name][share] for name in ("actions", *RESULTS)}
     vec = make_vec(task, share.stop - share.start, 0, split)
-    if vec.agents != agents:
-        what = f"{task}: the order of its agents differs between processes"
-        sys.exit(f"{what}: {agents}, {vec.agents}")
+    try:
+        refuse_others(task, form, form_of(vec), "processes")
+    except InputError as error:
+        sys.exit(str(error))
     done[0] = 1
 
     def check() -> None:
