@@ -92,4 +92,7 @@ if __name__ == "__main__":
     path = parser.parse_args().path
     if Path(path).exists():
         parser.error(f"{path} exists already and is not overwritten; name another file")
-    write_data(path)
+    try:
+        write_data(path)
+    except OSError as error:
+        parser.error(f"cannot write {path}: {type(error).__name__}")
