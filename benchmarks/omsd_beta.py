@@ -14,6 +14,7 @@ import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -27,6 +28,8 @@ from common.envs import make_vec, normalized_score
 from common.loop import episode_returns
 from common.replay import Replay
 
+Score = Literal["none", "independent", "decomposed", "joint"]
+
 
 @dataclass
 class Args:
@@ -34,7 +37,7 @@ class Args:
     """task-quality, any number"""
     csv: str
     """file for the raw numbers"""
-    scores: tuple[str, ...] = ("none", "independent", "decomposed")
+    scores: tuple[Score, ...] = ("none", "independent", "decomposed")
     betas: tuple[float, ...] = ()
     """default: the data set's own"""
     num_seeds: int = 5
@@ -69,9 +72,15 @@ def main(args: Args) -> None:
         settings = dataclasses.replace(args.settings, **its, env=env, score=score)
         betas = (args.betas if score != "none" else ()) or (omsd.preset(settings)["beta"],)
         left = []
-        for beta in betas:
+        for beta in dict.fromkeys(betas):
             columns = columns_of(args, settings, beta)
-            if any(all(str(row[k]) == str(v) for k, v in columns.items()) for row in rows):
+            found = sum(all(str(row[k]) == str(v) for k, v in columns.items()) for row in rows)
+            if found not in (0, args.num_seeds):
+                raise InputError(
+                    f"{args.csv} has {found} rows of {env} {score} beta {beta}, not "
+                    f"--num-seeds {args.num_seeds}: cut short? Name another file"
+                )
+            if found:
                 print(f"{env} {score} beta {beta}: in {args.csv} already")
             else:
                 left.append(beta)

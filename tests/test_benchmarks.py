@@ -192,8 +192,11 @@ def test_omsds_betas_are_measured_once_for_each_setting(tmp_path, refusal, monke
     assert of(settings=omsd_beta.omsd.Args(gamma=0.5)) == [["decomposed", 1.0]]
     with open(path) as file:
         assert len(list(csv.DictReader(file))) == 5 + 5 + 5 + 2 + 5 + 5
-    path.write_text("env,score,beta\nbandit-2,decomposed,1.0\n")
+    path.write_text("\n".join(path.read_text().splitlines()[:4]) + "\n")  # cut short
     capsys.readouterr()
+    cut = refusal(omsd_beta, "bandit-2", "--csv", path, "--scores", "none")
+    assert "has 3 rows of bandit-2 none beta 1.0, not --num-seeds 5" in cut
+    path.write_text("env,score,beta\nbandit-2,decomposed,1.0\n")
     assert "does not say how it was made" in refusal(omsd_beta, "bandit-2", "--csv", path)
 
 
