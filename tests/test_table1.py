@@ -108,7 +108,7 @@ def test_the_pages_that_quote_the_table_quote_it_right():
     """The tables at the head of the findings' section."""
     page = (ROOT / "docs/table1.md").read_text()
     head = page[page.index("## Improvement") : page.index("\n## halfcheetah-medium\n")]
-    names, _, *improvements = table_rows(head)[: 2 + 2 * len(table1.PAPER)]
+    _, _, *improvements = table_rows(head)[: 2 + 2 * len(table1.PAPER)]
     measured = {
         its[0]: (its, of_paper)
         for its, of_paper in zip(improvements[::2], improvements[1::2], strict=True)

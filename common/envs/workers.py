@@ -153,7 +153,6 @@ class WorkerVecEnv(VecEnv):
             for rows in np.array_split(np.arange(num_envs), self.num_workers + 1)
         ]
         self.own = make_vec(task, self.shares[0].stop, seed, split)
-        self.form = form_of(self.own)
         super().__init__(self.own.teams, seed)
         self.num_envs = num_envs
         self.processes: list[subprocess.Popen] = []
@@ -177,7 +176,7 @@ class WorkerVecEnv(VecEnv):
                     start_new_session=True,  # Ctrl-C is for this process alone
                 )
                 self.processes.append(process)
-                self._tell(process, (self.task, self.split, sizes, number, share, self.form))
+                self._tell(process, (self.task, self.split, sizes, number, share, form_of(self)))
             self.shared["orders"][0] = 1  # their first: to begin
             self._wait()
         if self.deployment is not None:
