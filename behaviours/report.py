@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import tyro
 
-from benchmarks import check_outputs, write_csv
+from benchmarks import check_outputs, write_csv, write_figure
 from common import InputError, cli
 from common.datasets.makers import built_in_path, maker_of, mpe, reacher
 from common.datasets.names import BUILT_IN_SIZES
@@ -86,7 +86,7 @@ def draw(returns: dict[str, np.ndarray], path: str) -> None:
         axis.set_xlabel("return", fontsize=8)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="lower center", fontsize=8)
     figure.tight_layout(rect=(0, 0.03, 1, 1))
-    figure.savefig(path, dpi=150)
+    write_figure(path, figure, 150)
 
 
 def teams() -> list[dict]:

@@ -74,26 +74,34 @@ def check_outputs(*paths: str | None, figure: str | None = None, flag: str = "--
         raise InputError(f"{flag} needs matplotlib: pip install -r requirements-dev.txt")
     for path in map(Path, filter(None, (*paths, figure))):
         is_new = not path.exists()
-        write(str(path), "", "a")
+        write(str(path), b"", "a")
         if is_new:  # nothing is left of a measurement that fails
             path.unlink()
 
 
-def write(path: str, text: str, mode: str = "w") -> None:
-    """Write a file as a whole or not at all, or with mode "a" and no text find out that it can be.
+def write_figure(path: str | Path, figure, dpi: int) -> None:
+    """A figure of matplotlib's as a PNG file."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=dpi)
+    write(path, content.getvalue())
+
+
+def write(path: str | Path, content: str | bytes, mode: str = "w") -> None:
+    """Write a file as a whole or not at all, or with mode "a" and nothing find out that it can be.
 
     Raises:
         InputError: it cannot, or would lie among a run's files.
     """
+    content = content.encode() if isinstance(content, str) else content
     if (Path(path).parent / "args.json").exists():
         raise InputError(f"{path} would lie in a run's folder: name another file")
     target = Path(path).resolve()
     is_special = target.exists() and not target.is_file()
     try:
         if mode == "w" and not is_special and os.access(target.parent, os.W_OK):
-            write_beside(target, text.encode())
+            write_beside(target, content)
         else:  # a pipe or a terminal, or a file in a folder that takes no new ones
-            with open(path, mode, newline="") as file:
-                file.write(text)
+            with open(path, f"{mode}b") as file:
+                file.write(content)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None

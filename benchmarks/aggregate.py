@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from benchmarks import check_outputs, write_csv
+from benchmarks import check_outputs, write_csv, write_figure
 from common import InputError, checkpoints, cli, nearest, strategies
 
 
@@ -479,7 +479,7 @@ def draw(path: str, cells: Cells, parts: list, base: dict[str, str], args: Args)
             legend.setdefault(label, handle)
     labels = sorted(legend)
     figure.legend([legend[x] for x in labels], labels, loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=100)
+    write_figure(path, figure, 100)
 
 
 def main(args: Args) -> None:

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks import check_outputs, write_csv
+from benchmarks import check_outputs, write_csv, write_figure
 from benchmarks.restored import restore
 from common import InputError, cli, datasets, embedding, sampler, strategies
 from common.envs import make_vec
@@ -375,7 +375,7 @@ def draw_figure(rows: list[dict], path: str) -> None:
         fontsize=7,
     )
     figure.suptitle(", ".join(dict.fromkeys(row["env"] for row in rows)), fontsize=9)
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure, 130)
 
 
 def main(args: Args) -> None:

@@ -13,7 +13,7 @@ import torch
 import tyro
 
 import omar
-from benchmarks import check_outputs, write_csv
+from benchmarks import check_outputs, write_csv, write_figure
 from common import cli
 
 
@@ -84,7 +84,7 @@ def main(args: Args) -> None:
         plt.xlabel("action")
         plt.legend()
         plt.tight_layout()
-        plt.savefig(args.figure, dpi=120)
+        write_figure(args.figure, plt.gcf(), 120)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import omsd
-from benchmarks import write_csv
+from benchmarks import check_outputs, write_csv, write_figure
 from benchmarks.omsd_beta import train
 from common import InputError, cli, datasets
 from common.device import pick_device
@@ -132,6 +132,7 @@ def weighting(text: str) -> tuple[str, float]:
 
 def measure(args: Args) -> None:
     weightings = [weighting(text) for text in args.weightings]
+    check_outputs(args.csv, args.fields)
     pick_device(args)
     data = datasets.load(args.env)
     rows, fields = [], []
@@ -249,7 +250,7 @@ def draw(args: Args) -> None:
     fig.supxlabel("agent 0's action", fontsize=9)
     fig.supylabel("agent 1's action", fontsize=9)
     fig.tight_layout()
-    fig.savefig(figures / "omsd_bandit.png", dpi=110)
+    write_figure(figures / "omsd_bandit.png", fig, 110)
 
     rows = read(args.fields)
     fig, grid = plt.subplots(2, 3, figsize=(8.5, 5.9), sharex=True, sharey=True)
@@ -266,7 +267,7 @@ def draw(args: Args) -> None:
     fig.supxlabel("agent 0's action", fontsize=9)
     fig.supylabel("agent 1's action", fontsize=9)
     fig.tight_layout()
-    fig.savefig(figures / "omsd_fields.png", dpi=110)
+    write_figure(figures / "omsd_fields.png", fig, 110)
 
 
 def main(args: Args) -> None:

@@ -24,7 +24,7 @@ import torch
 import tyro
 
 import iql
-from benchmarks import Worker, write, write_json
+from benchmarks import Worker, check_outputs, write_json
 from benchmarks.speed import LEARNERS, introduction, learner_of, machine, times_of, update_of
 from common import InputError, cache_dir, cli, datasets, nearest
 from common.datasets import makers
@@ -105,8 +105,7 @@ def main(args: Args) -> None:
             raise InputError(f"--algorithms {algorithm}: {nearest(algorithm, scripts)}")
     if args.compile and args.peer != "d3rlpy":
         raise InputError("--compile is d3rlpy's")
-    if args.json:
-        write(args.json, "", mode="a")  # refused before and not after the measurement
+    check_outputs(args.json)
     device = pick_device(args)
     dataset = datasets.load(args.env)
     data = makers.built_in_path(*datasets.parse_env(args.env), len(dataset))

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 matplotlib.use("agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
-from benchmarks import check_outputs  # noqa: E402
+from benchmarks import check_outputs, write_figure  # noqa: E402
 from common import InputError, checkpoints, cli  # noqa: E402
 
 
@@ -54,7 +54,7 @@ def main(args: Args) -> None:
     )
     figure.suptitle(f"{options['env']}, seed {record['seed']}", fontsize=10)
     figure.tight_layout()
-    figure.savefig(args.figure, dpi=120)
+    write_figure(args.figure, figure, 120)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks import write, write_json
+from benchmarks import check_outputs, write_json
 from common import InputError, cli, code_version, datasets, nearest, sampler, strategies
 from common.datasets import TeamDataset
 from common.device import Graphed, pick_device
@@ -279,8 +279,7 @@ def main(args: Args) -> None:
     for script in args.scripts:
         if script not in LEARNERS:
             raise InputError(f"--scripts {script}: {nearest(script, LEARNERS)}")
-    if args.json:
-        write(args.json, "", mode="a")  # refused before and not after the measurement
+    check_outputs(args.json)
     device = pick_device(args)
     dataset = datasets.load(args.env)
     discrete = discrete_data() if "otc_cql_discrete" in args.scripts else None

@@ -221,12 +221,16 @@ def argv_of(flags: dict) -> list[str]:
 
 
 def check(job: Job) -> None:
-    """Parse a job's flags as its script will; raises InputError for what it will not take."""
+    """Parse a job's flags as its script will; raises InputError for what it will not take, and for
+    a strategy whose policy would not be that of its offline job."""
     args_type, said = importlib.import_module(job.script).Args, io.StringIO()
     try:
         parse_env(job.flags["env"])
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            cli.parse(args_type, argv_of(job.flags))
+            args = cli.parse(args_type, argv_of(job.flags))
+            start = job.start and cli.parse(args_type, argv_of(job.start.flags))
+        if start is not None:
+            checkpoints.check_same(vars(start), args, args.SAME_POLICY, "its offline job")
     except InputError as error:
         raise InputError(f"{job.name}: {error}") from None
     except SystemExit:  # tyro draws a box around what it says

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from benchmarks import check_outputs
+from benchmarks import check_outputs, write_figure
 from benchmarks.aggregate import bootstrap, print_table
 from common import InputError, cli
 
@@ -268,7 +268,7 @@ def draw(path: str, returns: dict) -> None:
         "improvement of the last policy over the offline one, %: ours with its 95 % interval, "
         "the paper's as diamonds"
     )
-    figure.savefig(path, dpi=80)
+    write_figure(path, figure, 80)
 
 
 def main(args: Args) -> None:

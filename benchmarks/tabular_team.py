@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks import check_outputs, write_csv
+from benchmarks import check_outputs, write_csv, write_figure
 from common import InputError, cli, nearest, sampler
 
 SIZE, GAMMA, NUM_ACTIONS = 13, 0.9, 5
@@ -363,7 +363,7 @@ def draw_figure(rows: list[dict], path: str, least: float, most: float) -> None:
     axis.invert_yaxis()
     axis.set_xlabel("return (grey: greedy on the data's exact Q, and on today's)", fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    write_figure(path, figure, 130)
 
 
 def main(args: Args) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import tyro
 
-from benchmarks import Worker, write, write_json
+from benchmarks import Worker, check_outputs, write_json
 from benchmarks.speed import LEARNERS, introduction, machine
 from common import cli
 
@@ -55,8 +55,7 @@ class Checkout:
 
 
 def main(args: Args) -> None:
-    if args.json:
-        write(args.json, "", mode="a")  # refused before and not after the measurement
+    check_outputs(args.json)
     checkouts = [Checkout(args.before), Checkout(Path(__file__).parents[1])]
     torch.set_num_threads(1)
     what, rows = machine(torch.device("cpu")), []

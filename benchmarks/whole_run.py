@@ -21,7 +21,7 @@ from unittest import mock
 import torch
 import tyro
 
-from benchmarks import write, write_json
+from benchmarks import check_outputs, write_json
 from benchmarks.speed import introduction, machine
 from benchmarks.sweep import arguments_of
 from common import cli, datasets, loop, runs
@@ -135,8 +135,7 @@ def phases_of(args: Args, num_seeds: int) -> dict[str, float]:
 
 def main(args: Args) -> None:
     arguments_of(args.script)  # refuses a name that is no script's
-    if args.json:
-        write(args.json, "", mode="a")  # refused before and not after the measurement
+    check_outputs(args.json)
     datasets.load(args.env)  # into the cache
     what = machine(pick_device(args))
     rows = []

@@ -188,6 +188,9 @@ def cli(main: Callable, args_type: type, parser: Callable | None = None) -> None
     if columns.isdecimal() and 0 < int(columns) < 20:  # below 6 the help is never done
         os.environ["COLUMNS"] = "20"
     try:
+        for word in sys.argv[1:]:
+            if any("\ud800" <= c <= "\udfff" for c in word):  # TensorBoard's files cannot hold it
+                raise InputError(f"{ascii(word)} is not UTF-8")
         args = (parser or parse)(args_type, description=sys.modules[main.__module__].__doc__)
         if parser is not None and dataclasses.is_dataclass(args):
             check_ranges(args)

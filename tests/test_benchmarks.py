@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
 import benchmarks
@@ -289,6 +290,8 @@ def test_a_file_that_cannot_be_written_whole_is_left_as_it_was(tmp_path, monkeyp
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(InputError, match="rows.csv cannot be written: No space left"):
         benchmarks.write_csv(str(path), [{"a": 1}, {"a": 2}])
+    with pytest.raises(InputError, match="rows.png cannot be written: No space left"):
+        benchmarks.write_figure(tmp_path / "rows.png", Figure(), 50)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["rows.csv"]
     monkeypatch.setattr("os.access", lambda *of: False)  # a folder that takes no new file
     benchmarks.write_csv(str(path), [{"a": 3}])

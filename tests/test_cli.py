@@ -92,6 +92,14 @@ def test_a_lack_of_memory_is_said_in_a_line(text, capsys, monkeypatch):
             cli.cli(main, int, lambda *_, **__: 0)
 
 
+def test_words_that_are_not_utf8_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["otc_bcq.py", "--run-dir", os.fsdecode(b"r\xff")])
+    with pytest.raises(SystemExit) as found:
+        cli.cli(lambda args: None, int, lambda *_, **__: 0)
+    assert found.value.code == 2
+    assert capsys.readouterr().err == "error: 'r\\udcff' is not UTF-8\n"
+
+
 @pytest.mark.parametrize("columns, then", [("5", "20"), ("0", "0"), ("19", "20"), ("100", "100")])
 def test_a_narrow_terminal_gets_columns_enough_for_the_help(columns, then, monkeypatch):
     def main(args):

@@ -136,6 +136,10 @@ def test_without_strategies_there_are_offline_jobs_alone():
         ("BASE\n[script]\notc_bcq = 3", "otc_bcq must be a table of flags, not 3"),
         ("BASE\nstrategies = ['uniform', 'uniform']", "'uniform' in strategies is .* there twice"),
         ("BASE\n[flags]\nenv = 'walker2d-medium'", r"\[flags\] env: tasks are those of envs"),
+        (
+            "BASE\nstrategies = ['uniform']\n[strategy.uniform]\nhidden-size = 32",
+            "uniform-1-5: its offline job: .* trained with --hidden-size 64, not 32",
+        ),
     ],
 )
 def test_bad_grids(tmp_path, capsys, text, message):
