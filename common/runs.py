@@ -47,6 +47,31 @@ def spread(returns: list[list[float]]) -> str:
     return f" +- {np.std(returns[0]):.1f}"
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # no improvement in % of 0
+def closing_table(seeds: list[int], rows: list[list[dict]]) -> str:
+    """Return of pi^0 and pi^K, the improvement and pi^K's score, and of tasks that can be won how
+    often both win: a line per seed, then over seeds. Without deployments pi^0 alone."""
+    first, last = ({n: np.array([its[i][n] for its in rows]) for n in rows[0][i]} for i in (0, -1))
+    ends = {f"pi^{end['deployment'][0]}": end for end in (first, last)}
+    columns = [(name, end["mean_return"], 12, "") for name, end in ends.items()]
+    if len(ends) > 1:
+        before, after = (end["mean_return"] for end in ends.values())
+        columns.append(("improvement", 100 * (after - before) / np.abs(before), 12, " %"))
+    columns.append(("score", last["normalized_score"], 9, ""))
+    if "win_rate" in first:
+        wins = ((f"won by {name}", 100 * end["win_rate"]) for name, end in ends.items())
+        columns += [(*each, 12, " %") for each in wins]
+    names = list(map(str, seeds))
+    if len(seeds) > 1:
+        names += ["mean", "std"]
+        columns = [(n, np.append(x, [x.mean(), x.std()]), w, unit) for n, x, w, unit in columns]
+    lines = [f"{'seed':>12}" + "".join(f"{n:>{w + len(unit)}}" for n, _, w, unit in columns)]
+    for i, name in enumerate(names):
+        cells = (f"{x[i]:{width}.1f}{unit}" for _, x, width, unit in columns)
+        lines.append(f"{name:>12}" + "".join(cells))
+    return "\n".join(lines)
+
+
 EVENTS = "events.out.tfevents."
 
 
@@ -380,42 +405,13 @@ class Run:
             wandb.finish()
 
     def finish(self) -> None:
-        """Print the closing table: return of pi^0 and pi^K and the improvement, per seed and over
-        seeds; of tasks that can be won also how often they are. Without deployments pi^0 alone."""
+        """Print the closing table, and what a finished run can be followed by."""
         with self.closed_on_error():
             for writer in self.writers:
                 writer.flush()  # raises what `close` would hide
         self.close()
         Run.unfinished = None
-        policies = [0, -1] if len(self.rows[0]) > 1 else [0]
-
-        def of(name: str) -> list[np.ndarray]:
-            return [np.array([rows[i][name] for rows in self.rows]) for i in policies]
-
-        names = [f"pi^{self.rows[0][i]['deployment']}" for i in policies]
-        columns = dict(zip(names, of("mean_return"), strict=True))
-        widths, ends = [12] * len(names), [""] * len(names)
-        if len(names) > 1:
-            first, last = columns.values()
-            with np.errstate(divide="ignore", invalid="ignore"):  # no improvement in % of 0
-                columns["improvement"] = 100 * (last - first) / np.abs(first)
-            widths, ends = [*widths, 12], [*ends, " %"]
-        columns["score"] = of("normalized_score")[-1]
-        widths, ends = [*widths, 9], [*ends, ""]
-        if "win_rate" in self.rows[0][0]:
-            for name, wins in zip(names, of("win_rate"), strict=True):
-                columns[f"won by {name}"] = 100 * wins
-            widths, ends = widths + [12] * len(names), ends + [" %"] * len(names)
-        heads = zip(columns, widths, ends, strict=True)
-        lines = [f"{'seed':>12}" + "".join(f"{n:>{w + len(e)}}" for n, w, e in heads)]
-        rows = list(zip(map(str, self.seeds), *columns.values(), strict=True))
-        if len(self.seeds) > 1:
-            rows.append(("mean", *(c.mean() for c in columns.values())))
-            rows.append(("std", *(c.std() for c in columns.values())))
-        for name, *values in rows:
-            cells = zip(values, widths, ends, strict=True)
-            lines.append(f"{name:>12}" + "".join(f"{x:{w}.1f}{e}" for x, w, e in cells))
-        print("\n" + "\n".join(lines))
+        print("\n" + closing_table(self.seeds, self.rows))
         more = f" and {len(self.seeds) - 1} more" if len(self.seeds) > 1 else ""
         base, folder = (quote(str(x)) for x in (expanded(self.args.run_dir), self.folders[0]))
         print(f"\n{self.folders[0]}{more}\nnext: tensorboard --logdir {base}")
