@@ -131,7 +131,7 @@ PRESETS = {
     "simple-world-random": {"beta": 0.2, "expectile": 0.7, "temperature": 7.0},
     "simple-world-medium": {"beta": 0.05, "expectile": 0.9, "temperature": 1.0},
     "simple-world-expert": {"beta": 0.01, "expectile": 0.5, "temperature": 3.0},
-    "halfcheetah-local-expert": {"beta": 0.005, "expectile": 0.7},
+    "halfcheetah-local-expert": {"beta": 0.005},
     # Not published
     "bandit-2": {"beta": 1.0, "score_weight": "ratio", "t_max": 0.2},
     "bandit-3": {"beta": 1.0, "score_weight": "ratio", "t_max": 0.2},

@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 
 from common import cli, embedding, sampler, strategies
-from common.cli import Natural, OnlineArgs, Share
+from common.cli import Count, Natural, OnlineArgs, Share
 from common.embedding import Distance
 from common.loop import Training
 from common.nets import (
@@ -64,7 +64,7 @@ class Args(OnlineArgs):
     """draw ranks with replacement"""
     exclude_self_matches: bool = False
     """never match a candidate with itself"""
-    distance_candidates: int = 25_600
+    distance_candidates: Count = 25_600
     """transitions of all data whose mean distance to the latest deployment's data enters equation
     (4); where the data has no more, all of it"""
     embedding_updates: Natural | None = None

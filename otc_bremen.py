@@ -18,16 +18,16 @@ leaves open, is in docs/otc_bremen.md and docs/otc.md.
 What it scores and how long it takes: docs/otc_bremen.md.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from common import InputError, cli, embedding, sampler, strategies
-from common.cli import Natural, OnlineArgs, Positive, Share
+from common.cli import Count, Natural, OnlineArgs, Positive, Share
 from common.embedding import Distance
 from common.loop import Training
 from common.nets import Actor, Learner, adam, follow, keep_own, mean_over_own, mlp, step
@@ -58,7 +58,7 @@ class Args(OnlineArgs):
     """draw ranks with replacement"""
     exclude_self_matches: bool = False
     """never match a candidate with itself"""
-    distance_candidates: int = 25_600
+    distance_candidates: Count = 25_600
     """transitions of all data whose mean distance to the latest deployment's data enters equation
     (4); where the data has no more, all of it"""
     embedding_updates: Natural | None = None
@@ -209,7 +209,7 @@ class GaussianActor(Actor):
     def __init__(self, G: int, obs_dim: int, action_dim: int, hidden_size: int, std: float):
         super().__init__()
         self.network = mlp(G, obs_dim, hidden_size, action_dim)
-        share = 1 + np.log(std) / 5
+        share = 1 + math.log(std) / 5
         self.raw_log_std = nn.Parameter(torch.full((G, 1, action_dim), share).logit())
 
     @property

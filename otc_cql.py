@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from common import cli, embedding, sampler, strategies
-from common.cli import Natural, OnlineArgs, Share
+from common.cli import Count, Natural, OnlineArgs, Share
 from common.embedding import Distance
 from common.loop import Training
 from common.nets import (
@@ -67,7 +67,7 @@ class Args(OnlineArgs):
     """draw ranks with replacement"""
     exclude_self_matches: bool = False
     """never match a candidate with itself"""
-    distance_candidates: int = 25_600
+    distance_candidates: Count = 25_600
     """transitions of all data whose mean distance to the latest deployment's data enters equation
     (4); where the data has no more, all of it"""
     embedding_updates: Natural | None = None
@@ -155,7 +155,7 @@ class CQL(Learner):
         self.target.load_state_dict(self.live.state_dict())
         self.target.requires_grad_(False)
         self.log_temperature = nn.Parameter(torch.zeros(G))  # SAC's, of the entropy
-        self.log_factor = nn.Parameter(torch.zeros(G))  # of the penalty, with --lagrange
+        self.log_factor = nn.Parameter(torch.ones(G))  # of the penalty, with --lagrange
         self.qf_optimizer = adam(self.live.parameters(), args.critic_learning_rate)
         actor_parameters = [*self.actor.parameters(), self.log_temperature]
         self.actor_optimizer = adam(actor_parameters, args.actor_learning_rate)

@@ -8,9 +8,8 @@ shows. With `--exploration sequential` one agent at a time explores while it is 
 
 Papers: OTC, Jiang and Lu, AAAI 2023, its section 4.6; CQL, Kumar et al., NeurIPS 2020,
 https://arxiv.org/abs/2006.04779; double Q-learning, van Hasselt et al., AAAI 2016,
-https://arxiv.org/abs/1509.06461. No implementation of OTC's discrete experiment is public; what
-differs from common ones of discrete CQL is in docs/otc_cql_discrete.md, and what the OTC paper
-leaves open in docs/otc.md.
+https://arxiv.org/abs/1509.06461. No implementation of OTC's discrete experiment is public; how
+the learner learns is in docs/otc_cql_discrete.md, what the OTC paper leaves open in docs/otc.md.
 
     python otc_cql_discrete.py --env 5m_vs_6m-medium --exploration sequential
 
@@ -25,7 +24,7 @@ import torch
 import torch.nn as nn
 
 from common import cli, embedding, sampler, strategies
-from common.cli import Natural, OnlineArgs, Share
+from common.cli import Count, Natural, OnlineArgs, Share
 from common.embedding import Distance
 from common.loop import Training
 from common.nets import Learner, adam, follow, legal_actions, mlp, step, twin
@@ -59,7 +58,7 @@ class Args(OnlineArgs):
     """draw ranks with replacement"""
     exclude_self_matches: bool = False
     """never match a candidate with itself"""
-    distance_candidates: int = 25_600
+    distance_candidates: Count = 25_600
     """transitions of all data whose mean distance to the latest deployment's data enters equation
     (4); where the data has no more, all of it"""
     embedding_updates: Natural | None = None

@@ -112,7 +112,7 @@ class TwinCritic(nn.Module):
     def forward(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """(G, batch, obs_dim), (G, batch, action_dim) -> (2, G, batch)."""
         twice = [x.expand(2, -1, -1, -1) for x in (obs, actions)]
-        return self.network(torch.cat(twice, dim=3).flatten(0, 1)).view(2, len(obs), -1)
+        return self.network(torch.cat(twice, dim=3)).view(2, len(obs), -1)
 
     def first(self, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
         """The first critic alone: (G, batch)."""

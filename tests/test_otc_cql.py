@@ -273,9 +273,9 @@ def test_the_factor_grows_above_the_target_gap_shrinks_below_and_rests_without_l
         for _ in range(5):
             agent.update(batch)
         if lagrange:
-            assert agent.log_factor[0] > 1e-4 and agent.log_factor[1] < -1e-4
+            assert agent.log_factor[0] > 1 + 1e-4 and agent.log_factor[1] < 1 - 1e-4
         else:
-            assert agent.log_factor.tolist() == [0, 0] and agent.log_factor.grad is None
+            assert agent.log_factor.tolist() == [1, 1] and agent.log_factor.grad is None
 
 
 # --- Tasks with a known solution ---
