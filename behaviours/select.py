@@ -73,8 +73,11 @@ class Evaluations:
         self.returns: dict[int, list[float]] = {}
         if self.file.exists():
             with open(self.file, newline="") as file:
-                for row in csv.DictReader(file):
-                    self.returns.setdefault(int(row["step"]), []).append(float(row["return"]))
+                try:
+                    for row in csv.DictReader(file):
+                        self.returns.setdefault(int(row["step"]), []).append(float(row["return"]))
+                except (KeyError, TypeError, ValueError):
+                    raise InputError(f"{self.file} has no rows of step and return") from None
 
     def policy(self, step: int) -> Policy:
         with np.load(self.folder / f"{step:07d}.npz") as arrays:
@@ -106,6 +109,12 @@ class Evaluations:
         print(f"{step}: {self.mean(step):.0f} +- {np.std(self.returns[step]):.0f}", file=sys.stderr)
 
 
+def check_name(out: Path | None) -> None:
+    """Raises InputError for a name of a file that NumPy would change."""
+    if out is not None and out.suffix != ".npz":
+        raise InputError(f"--out {out}: expected a name that ends in .npz")
+
+
 def choose_medium(evaluations: Evaluations, target: float, close: int, episodes: int) -> int:
     """The training steps of the medium snapshot."""
     near = sorted(evaluations.returns, key=lambda step: abs(evaluations.mean(step) - target))
@@ -130,7 +139,9 @@ def main(args: Args) -> None:
     if args.task not in (*MEDIUM, "ant"):
         hint = nearest(args.task, [*MEDIUM, "ant"])
         raise InputError(f"--task {args.task}: SAC makes no data of it; {hint}")
-    available = sorted(int(p.stem) for p in args.snapshots.glob("[0-9]*.npz"))
+    check_name(args.out)
+    stems = (path.stem for path in args.snapshots.glob("*.npz"))
+    available = sorted(int(stem) for stem in stems if stem.isdecimal())
     if not available:
         raise InputError(f"--snapshots {args.snapshots}: no snapshots (STEPS.npz) there")
     evaluations = Evaluations(args.task, args.snapshots)
@@ -150,9 +161,10 @@ def main(args: Args) -> None:
     evaluations.run(medium, args.close_episodes)
     grid = np.linspace(0, medium if expert is None else available[-1], args.replay)
     replay = sorted({min(available, key=lambda step: abs(step - g)) for g in grid})
-    if len(replay) < 20:
+    needed = min(20, args.replay)
+    if len(replay) < needed:
         raise InputError(
-            f"only {len(replay)} snapshots until {grid[-1]:.0f} steps, need 20: "
+            f"only {len(replay)} snapshots until {grid[-1]:.0f} steps, need {needed}: "
             f"medium is at {medium}"
         )
     named = {"medium": medium} | ({"expert": expert} if expert is not None else {})

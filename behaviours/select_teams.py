@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from behaviours.select import check_name
 from behaviours.train_teams import make_team
 from common import InputError, cli
 from common.datasets.makers import episodes
@@ -64,6 +65,7 @@ def read(path: Path, args: Args, vec: VecEnv) -> Policy:
 
 
 def main(args: Args) -> None:
+    check_name(args.out)
     paths = {int(path.stem): path for path in sorted(args.snapshots.glob("[0-9]*[0-9].npz"))}
     if not paths:
         raise InputError(f"--snapshots {args.snapshots}: no snapshots (UPDATES.npz) there")

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import tyro
 
+from behaviours.select import MEDIUM
 from common import InputError, cli, nearest
-from common.envs import TASKS
 
 
 @dataclass
@@ -72,7 +72,7 @@ def actor_arrays(actor: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def main(args: Args) -> None:
-    tasks = [t for t, r in TASKS.items() if r.family == "mujoco" and not (r.local or r.views)]
+    tasks = [*MEDIUM, "ant"]
     if args.task not in tasks:
         raise InputError(f"unknown --task {args.task}: {nearest(args.task, tasks)}")
     out = args.out or Path("snapshots", args.task)

@@ -82,7 +82,8 @@ class OfflineArgs:
     """updates between two checkpoints; deployments have their own"""
     env_workers: Natural | None = None
     """processes beside this one that step the environments, the numbers stay the same; default: one
-    per further core where there are enough environments, none for those that step as one batch"""
+    per further free core where there are enough environments, none for own tasks and those that
+    step as one batch"""
     device: Device = "auto"
     """auto: CUDA where there is one"""
     threads: int | None = None

@@ -384,6 +384,8 @@ def test_a_training_has_a_folder_of_its_own(tmp_path, monkeypatch):
     "tool, argv",
     [
         ("train", "--task foo"),
+        ("train", "--task reacher-full --out new"),
+        ("select", "--task hopper --snapshots nope --out chosen"),
         ("train_battles", "--iterations 5 --out new"),
         ("train_teams", "--task nope --out new"),
         ("train_teams", "--task simple-spread --prey --out new"),

@@ -306,7 +306,7 @@ def missing_team():
 
 
 def limited_team(render_mode=None):
-    return Team(limit=5, render_mode=render_mode)
+    return Team(limit=5.0, render_mode=render_mode)
 
 
 def discrete_team():
@@ -338,7 +338,7 @@ def test_a_users_env_is_padded_and_stepped(capsys):
     vec = make_vec(f"{__name__}:limited_team", 2, 1)
     assert "padded with zeros" in capsys.readouterr().err
     assert (vec.num_envs, vec.num_agents, vec.obs_dim, vec.action_dim) == (2, 2, 3, 2)
-    assert vec.max_episode_steps == 5
+    assert vec.max_episode_steps == 5 and isinstance(vec.max_episode_steps, int)
     assert vec.action_low.tolist() == [[-2, -2], [-2, -1]]
     assert vec.action_high.tolist() == [[3, 3], [3, 1]]
     start = vec.reset()

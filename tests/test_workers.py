@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -49,6 +50,14 @@ class Broken(Point):
             if int(os.environ["OTC_TEST_PARENT"]) != os.getpid():
                 os._exit(7)
         return super().step(actions)
+
+
+class Silent(Point):
+    def step(self, actions):
+        obs, rewards, *rest = super().step(actions)
+        if os.environ["OTC_TEST_PARENT"] != str(os.getpid()):
+            rewards = dict.fromkeys(rewards)
+        return obs, rewards, *rest
 
 
 def rollout(vec, steps, num_resets=2):
@@ -112,6 +121,29 @@ def test_a_process_that_dies_is_an_error_and_no_hang(monkeypatch):
         for _ in range(10):
             vec.step(np.zeros((2, 2, 1)))
     assert vec.processes == []
+
+
+def test_what_a_task_gave_there_is_said(monkeypatch, capfd):
+    monkeypatch.setenv("OTC_TEST_PARENT", str(os.getpid()))
+    vec = make_vec("tests.test_workers:Silent", 2, 0, None, 1)
+    vec.reset()
+    capfd.readouterr()
+    with pytest.raises(InputError, match="ended with status 1 \\(it says why above\\)"):
+        for _ in range(10):
+            vec.step(np.zeros((2, 2, 1)))
+    said = capfd.readouterr().err
+    assert "None" in said and said.count("\n") == 1
+
+
+def test_more_seeds_than_a_pipe_holds():
+    vec, found = make_vec(ENV, 2, 0, None, 1), []
+    seeds = [2 ** (8 * 200_000)] * 2
+    thread = threading.Thread(target=lambda: found.append(vec.restart(seeds)), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert found
+    np.testing.assert_array_equal(*found[0])
+    vec.close()
 
 
 def test_agents_in_another_order_are_refused(monkeypatch, capfd):

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="which rows")
     args = parser.parse_args(argv)
     try:
-        if args.rows < 1 or args.seed < 0:
+        if args.rows < 1 or not 0 <= args.seed < 2**63:
             raise InputError(f"--rows {args.rows} --seed {args.seed}: expected at least 1 and 0")
         tasks = [t for t, r in TASKS.items() if r.family == "mujoco" and not (r.local or r.views)]
         task = max((t for t in tasks if args.file.name.startswith(t)), key=len, default="")
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         if task not in tasks:
             raise InputError(f"which task is {args.file}? --env {', '.join(tasks)}")
         found = replay(args.file, task, args.rows, args.seed)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     text, agree = agreement(found, task)

@@ -126,7 +126,7 @@ def render(env: str | None, run: str | None, out: Path, steps: int, seed: int, f
         raise InputError(f"--out {out} exists already and is not overwritten; name another file")
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}")
-    if steps < 1 or seed < 0 or not 1 <= fps <= 50:
+    if steps < 1 or not 0 <= seed < 2**63 or not 1 <= fps <= 50:
         expected = "expected at least 1, at least 0, and 1 to 50"
         raise InputError(f"--steps {steps} --seed {seed} --fps {fps}: {expected}")
     split, deployment = None, (0, 0)
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         render(args.env, args.run, args.out, args.steps, args.seed, args.fps)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

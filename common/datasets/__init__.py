@@ -6,7 +6,14 @@ from pathlib import Path
 
 from common import InputError, nearest
 from common.datasets import files, makers, readers, team
-from common.datasets.names import BUILT_IN_SIZES, QUALITIES, is_omar, parse_env
+from common.datasets.names import (
+    BUILT_IN_SIZES,
+    D4RL_QUALITIES,
+    QUALITIES,
+    is_hosted,
+    is_omar,
+    parse_env,
+)
 from common.datasets.team import TeamDataset
 from common.envs import make_vec
 from common.envs.tasks import TASKS
@@ -47,9 +54,10 @@ def load(
         raise InputError(
             f"--dataset {dataset}: --env {env} has no data, expected FILE.hdf5, FOLDER or Minari id"
         )
-    families = {"d4rl": ("mujoco", "maze"), "minari": ("mujoco",)}
-    if dataset in families and TASKS[task].family not in families[dataset]:
-        raise InputError(f"--dataset {dataset} has no data of {task}: expected built-in or a file")
+    if dataset in ("d4rl", "minari") and not is_hosted(dataset, task, quality or "medium"):
+        has_others = is_hosted(dataset, task, "medium")
+        expected = f"{task}-{'|'.join(D4RL_QUALITIES)}" if has_others else "built-in or a file"
+        raise InputError(f"--dataset {dataset} has no data of {env}: expected {expected}")
     if named and not quality and "" not in BUILT_IN_SIZES.get(task, ()):
         examples = ", ".join(f"{task}-{q}" for q in BUILT_IN_SIZES.get(task, QUALITIES[:3]))
         raise InputError(f"--env {env} names no data quality, expected for example {examples}")

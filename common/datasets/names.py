@@ -31,8 +31,8 @@ BUILT_IN_SIZES |= {
     f"reacher-{seen}": dict.fromkeys(("expert-mix", "expert-clockwise", "expert-counter"), MILLION)
     for seen in ("full", "independent", "leader")
 }
-QUALITIES = ("random", "medium", "medium-replay", "expert", "medium-expert", "full-replay")
-QUALITIES += ("favourable", "neutral", "unfavourable")
+D4RL_QUALITIES = ("random", "medium", "medium-replay", "expert", "medium-expert", "full-replay")
+QUALITIES = (*D4RL_QUALITIES, "favourable", "neutral", "unfavourable")
 QUALITIES += ("expert-mix", "expert-clockwise", "expert-counter")
 
 
@@ -63,6 +63,15 @@ def parse_env(env: str) -> tuple[str, str]:
     if quality and "" in OF_FAMILY.get(TASKS[task].family, {}):
         raise InputError(f"--env {env}: {task} has one set of data, expected --env {task}")
     return task, quality
+
+
+def is_hosted(dataset: str, task: str, quality: str) -> bool:
+    """Whether d4rl or minari may have such data; of a maze d4rl has one set, without a quality."""
+    its = TASKS[task]
+    if its.family == "maze":
+        return dataset == "d4rl"
+    has_task = dataset == "minari" or its.env_id != "Reacher-v5"
+    return its.family == "mujoco" and has_task and quality in D4RL_QUALITIES
 
 
 def data_name(task: str, quality: str) -> str:

@@ -87,7 +87,8 @@ def lay_out(data: dict[str, np.ndarray], task: str, vec: Any, where: str) -> Tea
 
     num_agents, obs_dim, action_dim = vec.num_agents, vec.obs_dim, vec.action_dim
     obs_widths = (obs_dim, num_agents * obs_dim)
-    if task in TASKS and TASKS[task].family in ("mpe", "smax"):  # nobody sees what another does
+    sees_alone = "mpe", "smax", "smac"  # nobody sees what another does
+    if task in TASKS and TASKS[task].family in sees_alone:
         obs_widths = (num_agents * obs_dim,)
     if vec.own_obs is not None:  # of different sizes, side by side, with or without the padding
         obs_widths = (int(vec.own_obs.sum()), num_agents * obs_dim)

@@ -30,8 +30,8 @@ def make_vec(
     """`num_envs` teams of `task`: a name of `TASKS`, or `package.module:factory` of a ParallelEnv.
 
     `num_workers` further processes share the stepping with this one; None: one per further core
-    that is free now, where every process then has two teams or more. The numbers are the same.
-    Tasks that step as one batch, the particle tasks, need none.
+    that is free now, where every process then has two teams or more, and none for own tasks. The
+    numbers are the same. Tasks that step as one batch, the particle tasks, need none.
     Team e's first reset is seeded with number e of
     `np.random.SeedSequence(seed).generate_state(num_envs)`; later ones go on with its generator.
     Raises InputError for an unknown task or split, and for a ParallelEnv that cannot be used.

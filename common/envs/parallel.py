@@ -181,6 +181,7 @@ class ParallelTeam:
             raise InputError(
                 f"{name!r} has max_episode_steps {limit}, expected a whole number of steps"
             )
+        self.max_episode_steps = int(limit)
         self.reference_returns = getattr(env, "reference_returns", None)
         if self.reference_returns is not None:
             try:

@@ -20,6 +20,7 @@ from gymnasium.spaces import Box, Dict, Discrete
 from pettingzoo import ParallelEnv
 
 from common import InputError, cache_dir
+from common.envs.particle import blank, disc
 from common.envs.tasks import AGENT_COLOURS, TASKS
 from common.envs.vec import VecEnv, choose
 
@@ -251,8 +252,6 @@ def parallel_env(task: str, render_mode: str | None = None) -> SmaxParallelEnv:
 def draw(vec: SmaxVecEnv, team: int = 0, size: int = 240) -> np.ndarray:
     """A picture (size, size, 3) uint8 of one team: allies are coloured discs, enemies black ones,
     paler with less health; the dead are not there."""
-    from common.envs.particle import blank, disc
-
     sim, battle = vec.simulator, vec.state.state
     half = sim.env.map_width / 2
     image, scale = blank(half, size)

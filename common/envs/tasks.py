@@ -100,10 +100,10 @@ TASKS = {
     # Uniform actions, and full agreement
     **{f"bandit-{n}": Task("bandit", "", "", 0.0, 1.0, {"num_agents": n}) for n in (2, 3)},
     "predator-prey": Task("particle", "predator-prey", "", 0.07, 26.8),
-    # Ten per episode whose landmark was reached, so that the score is a percentage
+    # Of today's world: uniform actions, and the best reply to the partner
     "wind": Task("particle", "wind", "", 0.21, 20.7),
-    # Of today's world, as the two numbers above: uniform actions, and the best reply to the partner
     "wind-grid": Task("grid", "wind-grid", "", 0.53, 46.1),
+    # Ten per episode whose landmark was reached, so that the score is a percentage
     "navigation": Task("particle", "navigation", "", 0.0, 10.0),
     **{
         f"cooperative-navigation-{n}": Task(

@@ -202,8 +202,9 @@ class WorkerVecEnv(VecEnv):
             for process in self.processes:
                 if process.poll() is not None:
                     self.close()
-                    ended = f"an environment process ended with status {process.returncode}"
-                    raise InputError(f"{ended} (killed? out of memory?)")
+                    status = process.returncode
+                    why = "it says why above" if status == 1 else "killed? out of memory?"
+                    raise InputError(f"an environment process ended with status {status} ({why})")
 
         wait(lambda: (done[:, 0] == orders[0]).all(), check)
 
@@ -211,9 +212,9 @@ class WorkerVecEnv(VecEnv):
         """See `VecEnv.restart`."""
         if not self.processes:
             self._begin()
+        self._order(CALL)  # first: they read what follows, which a pipe may not hold
         for process, share in zip(self.processes, self.shares[1:], strict=True):
             self._tell(process, ("restart", seeds[share]))
-        self._order(CALL)
         obs = self.own.restart(seeds[self.shares[0]])
         self._wait()
         self.shared["obs"][self.shares[0]] = obs
@@ -234,9 +235,9 @@ class WorkerVecEnv(VecEnv):
         self.deployment = k, num_deployments
         self.own.set_deployment(k, num_deployments)
         if self.processes:
+            self._order(CALL)
             for process in self.processes:
                 self._tell(process, ("set_deployment", self.deployment))
-            self._order(CALL)
             self._wait()
 
     def close(self) -> None:
@@ -251,6 +252,14 @@ def form_of(vec: VecEnv) -> dict:
 
 def work(fd: int, parent: int) -> None:
     """A process: carries out orders until its parent is gone."""
+    try:
+        carry_out(fd, parent)
+    except InputError as error:  # a task's
+        sys.exit(str(error))
+
+
+def carry_out(fd: int, parent: int) -> None:
+    """Raises InputError where the task is not what its parent's is, or gives no numbers."""
     told = sys.stdin.buffer
     try:
         task, split, sizes, number, share, form = pickle.load(told)
@@ -260,10 +269,7 @@ def work(fd: int, parent: int) -> None:
     orders, done = shared["orders"], shared["done"][number]
     mine = {name: shared[name][share] for name in ("actions", *RESULTS)}
     vec = make_vec(task, share.stop - share.start, 0, split)
-    try:
-        refuse_others(task, form, form_of(vec), "processes")
-    except InputError as error:
-        sys.exit(str(error))
+    refuse_others(task, form, form_of(vec), "processes")
     done[0] = 1
 
     def check() -> None:

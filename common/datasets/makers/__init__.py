@@ -23,7 +23,7 @@ from common.datasets.makers import (
     reacher,
     smax,
 )
-from common.datasets.names import BUILT_IN_SIZES, QUALITIES, data_name
+from common.datasets.names import BUILT_IN_SIZES, QUALITIES, data_name, is_hosted
 from common.envs import num_cores
 from common.envs.tasks import TASKS
 
@@ -49,7 +49,7 @@ def built_in(task: str, quality: str, size: int | None) -> Path:
     if quality not in BUILT_IN_SIZES.get(task, {}):
         names = [data_name(t, q) for t, qualities in BUILT_IN_SIZES.items() for q in qualities]
         hint = nearest(env, names)
-        more = " (--dataset d4rl has more)" if TASKS[task].family == "mujoco" else ""
+        more = " (--dataset d4rl has it)" if is_hosted("d4rl", task, quality) else ""
         raise InputError(f"no built-in data for {env}: {hint}{more}")
     full = BUILT_IN_SIZES[task][quality]
     size = size or full

@@ -14,7 +14,7 @@ import h5py
 import mujoco
 import numpy as np
 
-from common.datasets.makers.workers import Workers
+from common.datasets.makers.workers import write_pieces
 from common.envs.maze import OFFSET, MazeTeam
 
 VERSION = 1
@@ -120,19 +120,11 @@ def write(file: h5py.File, task: str, quality: str, size: int, bar: Any, num_wor
     """`size` transitions into an empty file."""
     starts = range(0, size, PIECE_ROWS)
     seeds = np.random.SeedSequence(0).spawn(len(starts))
-    with Workers(min(num_workers, len(starts))) as workers:
-        pieces = [
-            workers.submit(Walk(task, seed, min(PIECE_ROWS, size - start)))
-            for start, seed in zip(starts, seeds, strict=True)
-        ]
-        for start in starts:
-            arrays = pieces.pop(0).result()  # and free the rows once they are written
-            n = len(arrays["rewards"])
-            for key, values in arrays.items():
-                if not start:
-                    file.create_dataset(key, (size, *values.shape[1:]), values.dtype)
-                file[key][start : start + n] = values
-            bar.update(n)
+    pieces = [
+        Walk(task, seed, min(PIECE_ROWS, size - start))
+        for start, seed in zip(starts, seeds, strict=True)
+    ]
+    write_pieces(file, pieces, size, bar, num_workers)
     file["metadata/algorithm"] = "waypoint controller"
     for module in (mujoco, np):
         file[f"metadata/versions/{module.__name__}"] = module.__version__

@@ -15,7 +15,7 @@ import h5py
 import mujoco
 import numpy as np
 
-from common.datasets.makers.workers import Workers
+from common.datasets.makers.workers import write_pieces
 from common.envs.mujoco import make_single
 
 VERSION = 1
@@ -65,12 +65,8 @@ class Piece:
 
     def roll(self) -> dict[str, np.ndarray]:
         """The rows, D4RL's keys; the last one has `timeouts`, whole or not."""
-        env = make_single(self.task)
-        limit, env, rng = (
-            env.spec.max_episode_steps,
-            env.unwrapped,
-            np.random.default_rng(self.seed),
-        )
+        env, rng = make_single(self.task), np.random.default_rng(self.seed)
+        limit, env = env.spec.max_episode_steps, env.unwrapped
         noise = NOISE * rng.standard_normal((self.rows, 2))
         states, next_states = np.empty((2, self.rows, 10), dtype=np.float32)
         actions = np.empty((self.rows, 2), dtype=np.float32)
@@ -110,17 +106,7 @@ def plan(task: str, quality: str, size: int) -> list[Piece]:
 
 def write(file: h5py.File, task: str, quality: str, size: int, bar: Any, num_workers: int) -> None:
     """`size` transitions into an empty file."""
-    pieces, done = plan(task, quality, size), 0
-    with Workers(min(num_workers, len(pieces))) as workers:
-        for future in [workers.submit(piece) for piece in pieces]:
-            arrays = future.result()
-            n = len(arrays["rewards"])
-            for key, values in arrays.items():
-                if key not in file:
-                    file.create_dataset(key, (size, *values.shape[1:]), values.dtype)
-                file[key][done : done + n] = values
-            done += n
-            bar.update(n)
+    write_pieces(file, plan(task, quality, size), size, bar, num_workers)
     file["metadata/algorithm"] = f"inverse kinematics, noise {NOISE}"
     for module in (gymnasium, mujoco, np):
         file[f"metadata/versions/{module.__name__}"] = module.__version__

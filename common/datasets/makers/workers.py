@@ -9,6 +9,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import h5py
 import numpy as np
 
 from common import InputError
@@ -68,6 +69,22 @@ class Workers:
                 process.stdin.close()
             except BrokenPipeError:
                 pass  # killed while it was being given a chunk
+
+
+def write_pieces(file: h5py.File, pieces: list, size: int, bar: Any, num_workers: int) -> None:
+    """The rows of `pieces`, in their order and `size` in all, into an empty file."""
+    done = 0
+    with Workers(min(num_workers, len(pieces))) as workers:
+        futures = [workers.submit(piece) for piece in pieces]
+        while futures:
+            arrays = futures.pop(0).result()  # and free the rows once they are written
+            n = len(arrays["rewards"])
+            for key, values in arrays.items():
+                if key not in file:
+                    file.create_dataset(key, (size, *values.shape[1:]), values.dtype)
+                file[key][done : done + n] = values
+            done += n
+            bar.update(n)
 
 
 def work() -> None:
