@@ -124,10 +124,14 @@ def improvement(curves: np.ndarray) -> np.ndarray:
     return 100 * (curves[:, -1] - curves[:, 0]) / np.abs(curves[:, 0])
 
 
+def ends(values: np.ndarray) -> np.ndarray:
+    """Of the 95 % interval of the mean over seeds (S,), or over seeds and tasks (S, T)."""
+    return bootstrap(lambda x: x.mean((-2, -1)), values.reshape(len(values), -1))
+
+
 def interval(values: np.ndarray, digits: int) -> str:
-    """Mean over seeds (S,), or over seeds and tasks (S, T), with its 95 % interval."""
-    values = values.reshape(len(values), -1)
-    low, high = bootstrap(lambda x: x.mean((-2, -1)), values)
+    """The mean with its `ends`."""
+    low, high = ends(values)
     return f"{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
@@ -150,6 +154,24 @@ def improvements(returns: dict) -> None:
         of_paper = dict(zip(PER_PAGE, paper, strict=True))
         lines.append(["*paper*", *(of_paper.get(s, "") for s in STRATEGIES)])
     print_table(["data set", *STRATEGIES.values()], lines)
+
+
+def beside_uniform(returns: dict) -> None:
+    """The last policy's return less that with uniform draws, in bold where the interval is above
+    zero."""
+    others = [name for name in STRATEGIES if name != "uniform"]
+    lines = []
+    for task, its in returns.items():
+        cells = []
+        for name in others:
+            cell = ""
+            if {name, "uniform"} <= set(its):
+                difference = its[name][:, -1] - its["uniform"][:, -1]
+                cell = interval(difference, 0)
+                cell = f"**{cell}**" if ends(difference)[0] > 0 else cell
+            cells.append(cell)
+        lines.append([task, *cells])
+    print_table(["data set", *(STRATEGIES[name] for name in others)], lines)
 
 
 def over_all(scores: dict) -> None:
@@ -254,8 +276,7 @@ def draw(path: str, returns: dict) -> None:
         for y, name in enumerate(names):
             if name in its:
                 values = improvement(its[name])
-                ends = bootstrap(lambda x: x.mean((-2, -1)), values[:, None])
-                axis.plot(ends, [y, y], color="C0", lw=2)
+                axis.plot(ends(values), [y, y], color="C0", lw=2)
                 axis.plot(values.mean(), y, "o", color="C0")
             if name in PER_PAGE:
                 mean = float(paper[PER_PAGE.index(name)].split()[0])
@@ -276,6 +297,8 @@ def main(args: Args) -> None:
     check_outputs(figure=args.figure)
     print("## Improvement\n")
     improvements(raw.returns)
+    print("\n## Last policies, less uniform draws'\n")
+    beside_uniform(raw.returns)
     print("\n## Over the data sets\n")
     over_all(raw.scores)
     print("\n## What goes with the return\n")

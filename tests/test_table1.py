@@ -58,6 +58,9 @@ def test_the_tables_by_hand(tmp_path, capsys):
     assert lines[lines.index(its) + 1] == (
         "| *paper* | -6.8 +- 7.0 |  | 12.0 +- 2.6 | 2.6 +- 3.8 |  |  |  |  |"
     )
+    # Less uniform draws': 40 and 10; 30 and 50
+    value, mixed = "**25 [10, 40]**", "**40 [30, 50]**"
+    assert f"| {TASK} |  | {value} |  |  |  | {mixed} |  |" in lines
     # Scores are a tenth: 4 and 1; 1 and -4
     assert "| value | uniform | 2.5 [1.0, 4.0] | 1 of 1 |" in lines
     assert "| value | mixed 25 % | -1.5 [-4.0, 1.0] | 0 of 1 |" in lines
