@@ -263,13 +263,16 @@ def of_data_set(curves: dict) -> None:
 
 
 def draw(path: str, returns: dict) -> None:
-    """A panel per data set: improvements with their intervals, and the paper's means."""
+    """A panel per data set: improvements with their intervals, and the paper's means; all on one
+    axis, logarithmic beyond 20 %."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, grid = plt.subplots(3, 3, figsize=(11, 9), layout="constrained", sharey=True)
+    figure, grid = plt.subplots(
+        3, 3, figsize=(11, 9), layout="constrained", sharex=True, sharey=True
+    )
     names = list(STRATEGIES)
     for axis, (task, paper) in zip(grid.flat, PAPER.items(), strict=True):
         its = returns.get(task, {})
@@ -285,6 +288,9 @@ def draw(path: str, returns: dict) -> None:
         axis.set_title(task if its else f"{task}: not measured", fontsize=10)
         axis.set_yticks(range(len(names)), STRATEGIES.values())
         axis.invert_yaxis() if axis is grid.flat[0] else None
+    ticks = [-500, -100, -20, 0, 20, 100, 1000]
+    grid[0, 0].set_xscale("symlog", linthresh=20, linscale=1)
+    grid[0, 0].set_xticks(ticks, ticks)
     grid[2, 1].set_xlabel(
         "improvement of the last policy over the offline one, %: ours with its 95 % interval, "
         "the paper's as diamonds"
