@@ -264,7 +264,7 @@ def of_data_set(curves: dict) -> None:
 
 def draw(path: str, returns: dict) -> None:
     """A panel per data set: improvements with their intervals, and the paper's means; all on one
-    axis, logarithmic beyond 20 %."""
+    axis, logarithmic beyond 20 %; what is below -1,000 % lies at its edge."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -279,8 +279,9 @@ def draw(path: str, returns: dict) -> None:
         for y, name in enumerate(names):
             if name in its:
                 values = improvement(its[name])
-                axis.plot(ends(values), [y, y], color="C0", lw=2)
-                axis.plot(values.mean(), y, "o", color="C0")
+                shown = np.maximum([*ends(values), values.mean()], -1000)
+                axis.plot(shown[:2], [y, y], color="C0", lw=2)
+                axis.plot(shown[2], y, "o", color="C0", clip_on=False)
             if name in PER_PAGE:
                 mean = float(paper[PER_PAGE.index(name)].split()[0])
                 axis.plot(mean, y, "D", mfc="none", color="C1")
@@ -288,9 +289,10 @@ def draw(path: str, returns: dict) -> None:
         axis.set_title(task if its else f"{task}: not measured", fontsize=10)
         axis.set_yticks(range(len(names)), STRATEGIES.values())
         axis.invert_yaxis() if axis is grid.flat[0] else None
-    ticks = [-500, -100, -20, 0, 20, 100, 1000]
+    ticks = [-1000, -100, -20, 0, 20, 100, 1000]
     grid[0, 0].set_xscale("symlog", linthresh=20, linscale=1)
     grid[0, 0].set_xticks(ticks, ticks)
+    grid[0, 0].set_xlim(-1000, 3000)
     grid[2, 1].set_xlabel(
         "improvement of the last policy over the offline one, %: ours with its 95 % interval, "
         "the paper's as diamonds"
