@@ -258,13 +258,18 @@ def work(fd: int, parent: int) -> None:
         sys.exit(str(error))
 
 
-def carry_out(fd: int, parent: int) -> None:
-    """Raises InputError where the task is not what its parent's is, or gives no numbers."""
-    told = sys.stdin.buffer
+def hear() -> tuple:
+    """What its parent tells; where that was killed meanwhile, the process ends."""
     try:
-        task, split, sizes, number, share, form = pickle.load(told)
-    except (EOFError, pickle.UnpicklingError):  # its parent was killed meanwhile
+        return pickle.load(sys.stdin.buffer)
+    except (EOFError, pickle.UnpicklingError):
         sys.exit()
+
+
+def carry_out(fd: int, parent: int) -> None:
+    """Orders, one after another. Raises InputError where the task is not what its parent's is, or
+    gives no numbers."""
+    task, split, sizes, number, share, form = hear()
     shared = shared_arrays(fd, sizes)
     orders, done = shared["orders"], shared["done"][number]
     mine = {name: shared[name][share] for name in ("actions", *RESULTS)}
@@ -282,7 +287,7 @@ def carry_out(fd: int, parent: int) -> None:
             for name, values in zip(RESULTS, vec.step(mine["actions"]), strict=True):
                 mine[name][:] = values
         else:
-            method, argument = pickle.load(told)
+            method, argument = hear()
             if method == "restart":
                 mine["obs"][:] = vec.restart(argument)
             else:
