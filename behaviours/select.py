@@ -27,6 +27,7 @@ from common.datasets.makers.mujoco import POLICY_DIR, WEIGHTS, Policy, steps
 
 MEDIUM = {"halfcheetah": (4770, 356), "hopper": (1422, 379), "walker2d": (2852, 1095)}
 """Mean and standard deviation of the returns in D4RL v2's medium data."""
+SAC_TASKS = (*MEDIUM, "ant")
 STANDING_STILL = 1001
 """Return of an ant that does nothing, docs/environments.md."""
 
@@ -136,8 +137,8 @@ def choose_expert(evaluations: Evaluations, close: int, episodes: int) -> int:
 
 
 def main(args: Args) -> None:
-    if args.task not in (*MEDIUM, "ant"):
-        hint = nearest(args.task, [*MEDIUM, "ant"])
+    if args.task not in SAC_TASKS:
+        hint = nearest(args.task, SAC_TASKS)
         raise InputError(f"--task {args.task}: SAC makes no data of it; {hint}")
     check_name(args.out)
     stems = (path.stem for path in args.snapshots.glob("*.npz"))

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import tyro
 
-from behaviours.select import MEDIUM
+from behaviours.select import SAC_TASKS
 from common import InputError, cli, nearest
 
 
@@ -72,9 +72,8 @@ def actor_arrays(actor: torch.nn.Module) -> dict[str, np.ndarray]:
 
 
 def main(args: Args) -> None:
-    tasks = [*MEDIUM, "ant"]
-    if args.task not in tasks:
-        raise InputError(f"unknown --task {args.task}: {nearest(args.task, tasks)}")
+    if args.task not in SAC_TASKS:
+        raise InputError(f"unknown --task {args.task}: {nearest(args.task, SAC_TASKS)}")
     out = args.out or Path("snapshots", args.task)
     if not args.resume:
         new_folder(out)

@@ -27,6 +27,7 @@ more runs only what is missing.
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib
 import io
@@ -220,15 +221,22 @@ def argv_of(flags: dict) -> list[str]:
     return argv
 
 
+@functools.cache
+def parsed(script: str, *argv: str):
+    """What a script makes of a command line; those of an offline job's strategies ask for its own,
+    too."""
+    return cli.parse(importlib.import_module(script).Args, list(argv))
+
+
 def check(job: Job) -> None:
     """Parse a job's flags as its script will; raises InputError for what it will not take, and for
     a strategy whose policy would not be that of its offline job."""
-    args_type, said = importlib.import_module(job.script).Args, io.StringIO()
+    said = io.StringIO()
     try:
         parse_env(job.flags["env"])
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-            args = cli.parse(args_type, argv_of(job.flags))
-            start = job.start and cli.parse(args_type, argv_of(job.start.flags))
+            args = parsed(job.script, *argv_of(job.flags))
+            start = job.start and parsed(job.start.script, *argv_of(job.start.flags))
         if start is not None:
             checkpoints.check_same(vars(start), args, args.SAME_POLICY, "its offline job")
     except InputError as error:

@@ -129,10 +129,11 @@ def ends(values: np.ndarray) -> np.ndarray:
     return bootstrap(lambda x: x.mean((-2, -1)), values.reshape(len(values), -1))
 
 
-def interval(values: np.ndarray, digits: int) -> str:
-    """The mean with its `ends`."""
+def interval(values: np.ndarray, digits: int, bold: bool = False) -> str:
+    """The mean with its `ends`; with `bold` in bold where both are above zero."""
     low, high = ends(values)
-    return f"{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    text = f"{values.mean():.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"**{text}**" if bold and low > 0 else text
 
 
 def pairs(strategies) -> list[tuple[str, str]]:
@@ -160,17 +161,13 @@ def beside_uniform(returns: dict) -> None:
     """The last policy's return less that with uniform draws, in bold where the interval is above
     zero."""
     others = [name for name in STRATEGIES if name != "uniform"]
-    lines = []
-    for task, its in returns.items():
-        cells = []
-        for name in others:
-            cell = ""
-            if {name, "uniform"} <= set(its):
-                difference = its[name][:, -1] - its["uniform"][:, -1]
-                cell = interval(difference, 0)
-                cell = f"**{cell}**" if ends(difference)[0] > 0 else cell
-            cells.append(cell)
-        lines.append([task, *cells])
+
+    def cell(its: dict, name: str) -> str:
+        if not {name, "uniform"} <= set(its):
+            return ""
+        return interval(its[name][:, -1] - its["uniform"][:, -1], 0, bold=True)
+
+    lines = [[task, *(cell(its, name) for name in others)] for task, its in returns.items()]
     print_table(["data set", *(STRATEGIES[name] for name in others)], lines)
 
 

@@ -98,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         if args.rows < 1 or not 0 <= args.seed < 2**63:
-            raise InputError(f"--rows {args.rows} --seed {args.seed}: expected at least 1 and 0")
+            expected = "expected at least 1, and 0 to 2**63 - 1"
+            raise InputError(f"--rows {args.rows} --seed {args.seed}: {expected}")
         tasks = [t for t, r in TASKS.items() if r.family == "mujoco" and not (r.local or r.views)]
         task = max((t for t in tasks if args.file.name.startswith(t)), key=len, default="")
         if args.env:

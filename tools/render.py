@@ -127,7 +127,7 @@ def render(env: str | None, run: str | None, out: Path, steps: int, seed: int, f
     if not out.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}")
     if steps < 1 or not 0 <= seed < 2**63 or not 1 <= fps <= 50:
-        expected = "expected at least 1, at least 0, and 1 to 50"
+        expected = "expected at least 1, 0 to 2**63 - 1, and 1 to 50"
         raise InputError(f"--steps {steps} --seed {seed} --fps {fps}: {expected}")
     split, deployment = None, (0, 0)
     if run is not None:

@@ -194,6 +194,13 @@ class WorkerVecEnv(VecEnv):
         fence()
         self.shared["orders"][0] += 1
 
+    def _call(self, method: str, arguments: list) -> None:
+        """Order a call of a method, with an argument for each process. The order comes first: they
+        read what follows, which a pipe may not hold."""
+        self._order(CALL)
+        for process, argument in zip(self.processes, arguments, strict=True):
+            self._tell(process, (method, argument))
+
     def _wait(self) -> None:
         """Until every process has carried out the latest order."""
         orders, done = self.shared["orders"], self.shared["done"]
@@ -212,9 +219,7 @@ class WorkerVecEnv(VecEnv):
         """See `VecEnv.restart`."""
         if not self.processes:
             self._begin()
-        self._order(CALL)  # first: they read what follows, which a pipe may not hold
-        for process, share in zip(self.processes, self.shares[1:], strict=True):
-            self._tell(process, ("restart", seeds[share]))
+        self._call("restart", [seeds[share] for share in self.shares[1:]])
         obs = self.own.restart(seeds[self.shares[0]])
         self._wait()
         self.shared["obs"][self.shares[0]] = obs
@@ -235,9 +240,7 @@ class WorkerVecEnv(VecEnv):
         self.deployment = k, num_deployments
         self.own.set_deployment(k, num_deployments)
         if self.processes:
-            self._order(CALL)
-            for process in self.processes:
-                self._tell(process, ("set_deployment", self.deployment))
+            self._call("set_deployment", [self.deployment] * len(self.processes))
             self._wait()
 
     def close(self) -> None:
