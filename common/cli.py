@@ -152,19 +152,19 @@ class OnlineArgs(OfflineArgs):
 
     def check(self) -> None:
         super().check()
-        if not self.replacement and self.batch_size > self.candidates:
+        its = vars(self).get  # the OTC block is the script's: one that was changed may lack some
+        if not its("replacement", True) and self.batch_size > self.candidates:
             raise InputError(
                 f"--no-replacement draws --batch-size {self.batch_size} different transitions out "
                 f"of --candidates {self.candidates}: it needs at least as many candidates"
             )
-        if self.alpha_max is not None and not (
-            self.adaptive_alpha and self.alpha_max >= self.alpha
-        ):
+        alpha_max = its("alpha_max")
+        if alpha_max is not None and not (self.adaptive_alpha and alpha_max >= self.alpha):
             raise InputError(
-                f"--alpha-max {self.alpha_max} caps an adaptive alpha: it goes without "
+                f"--alpha-max {alpha_max} caps an adaptive alpha: it goes without "
                 f"--no-adaptive-alpha, and is at least --alpha {self.alpha}"
             )
-        if self.exclude_self_matches and self.references < 2:
+        if its("exclude_self_matches") and self.references < 2:
             raise InputError(
                 f"--exclude-self-matches needs --references 2 or more, not {self.references}"
             )
@@ -393,9 +393,10 @@ def deployment_steps(args, dataset_size: int) -> int:
     if not args.deployments:
         return 1
     steps = args.deployment_steps or max(1, dataset_size // 100)
-    if args.sampling == "otc" and args.references > steps:
+    references = getattr(args, "references", 0)
+    if getattr(args, "sampling", "otc") == "otc" and references > steps:
         raise InputError(
-            f"--references {args.references}: one deployment collects only {steps} transitions "
+            f"--references {references}: one deployment collects only {steps} transitions "
             f"(1 % of the offline data unless set); lower --references or raise --deployment-steps"
         )
     return steps

@@ -119,7 +119,7 @@ class Raw(Space):
     def __init__(self, replay: Replay, args):
         super().__init__(replay, args)
         self.action_dim = replay.actions.shape[2]
-        self.pair_dim = replay.obs.shape[2] + self.action_dim
+        self.pair_dim = self.match_dim = replay.obs.shape[2] + self.action_dim
         std = replay.actions[:, : replay.num_offline].std(1, correction=0, keepdim=True)
         self.register_buffer("action_scale", replay.per_group(std.clamp(min=1e-3)))
 
@@ -133,7 +133,7 @@ class Raw(Space):
     def distance(self, candidates, references, exclude=None) -> torch.Tensor:
         """Of each candidate's e(s') to that of its match, which is the nearest of some of D^k in
         e(s, a_i); indices (G, B) and (G, D) -> (G, B). Section 3.3."""
-        d, placed, others = self.pair_dim, self.place_rows(candidates), self.remembered(references)
+        d, placed, others = self.match_dim, self.place_rows(candidates), self.remembered(references)
         match = sampler.match_by_embedding(placed[..., :d], others[..., :d], exclude)
         matched = others[..., d:].take_along_dim(match.unsqueeze(2), dim=1)
         return (placed[..., d:] - matched).abs().sum(2)
@@ -150,7 +150,7 @@ class TwoStage(Raw):
         self.encoders = nn.ModuleList(mlp(G, dim, size, 2 * latent_dim) for dim in input_dims)
         self.decoders = nn.ModuleList(mlp(G, latent_dim, size, dim) for dim in input_dims)
         self.optimizer = adam(self.parameters(), args.embedding_learning_rate)
-        self.pair_dim = latent_dim  # of what is compared
+        self.match_dim = latent_dim
         self.own = None, None  # of the inputs' entries
         if replay.own_obs is not None or replay.own_actions is not None:
             own = replay.own_obs, replay.own_actions
@@ -192,7 +192,7 @@ class Residual(Raw):
         self.register_buffer("change_std", replay.change_statistics()[1].clamp(min=1e-3))
         self.model = mlp(G, self.pair_dim, args.hidden_size, obs_dim)
         self.optimizer = adam(self.parameters(), args.embedding_learning_rate)
-        self.pair_dim = obs_dim  # of what is matched
+        self.match_dim = obs_dim
 
     def residual(self, obs, actions, next_obs) -> torch.Tensor:
         """In units of the change's standard deviation, 0 in padding: (G, n, obs_dim)."""

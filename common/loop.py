@@ -64,7 +64,7 @@ class Training:
         self.phase, self.done = 0, 0  # deployment k, 0 for the offline phase; its updates so far
         self.evaluated = 0  # offline updates at the latest evaluation
         self.graph, self.captured = args.cuda_graph and self.device.type == "cuda", None
-        self.latest = None  # update's losses, and its number
+        self.last_losses = None  # and their update's number
 
     def begin(self, agent: nn.Module, strategy: Strategy | None = None) -> None:
         """Where the checkpoint says, or afresh; makes the run's folder."""
@@ -91,8 +91,8 @@ class Training:
 
     def save(self, name: str = "checkpoint.pt") -> None:
         """All that a resumed run goes on with; InputError where the training has diverged."""
-        if self.latest is not None:
-            self.run.refuse_divergence(*self.latest)
+        if self.last_losses is not None:
+            self.run.refuse_divergence(*self.last_losses)
         state = {
             "agent": self.agent.state_dict(),
             "strategy": self.strategy.state_dict(),
@@ -131,7 +131,7 @@ class Training:
         graphed = Graphed(update, self.graph)
         for number in run.updates("embedding", self.done - before, stop):
             losses, self.done = graphed(number), before + number
-            self.latest = losses, number
+            self.last_losses = losses, number
             if number % args.log_every == 0 or number == stop:
                 run.log_losses(losses, number)
             if number % args.checkpoint_every == 0:
@@ -158,7 +158,7 @@ class Training:
             before = args.offline_updates + (self.phase - 1) * args.finetune_updates
         for number in run.updates(name, self.done, stop):
             losses, self.done = self.captured(number), number
-            self.latest = losses, before + number
+            self.last_losses = losses, before + number
             if number % args.log_every == 0 or number == stop:
                 run.log_losses(losses, before + number)
                 run.log_rate(number, before + number)
@@ -189,7 +189,8 @@ class Training:
         self.run.record_offline(self.done, returns)
 
     def evaluate(self, k: int) -> list[list[float]]:
-        """Returns of --eval-episodes episodes per seed, whose starts depend on k alone."""
+        """Returns of --eval-episodes episodes per seed, whose starts depend on --seed and k alone;
+        the first of these are those in which D^k starts."""
         envs, S, seed = self.eval_envs, self.args.num_seeds, (self.args.seed, k)
         with kept_rng_state(self.device):  # how often it is evaluated changes no run
             return episode_returns(envs, self.agent, S, seed, self.device, self.graph)

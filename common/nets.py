@@ -27,7 +27,7 @@ class Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.weight, self.bias
-        if len(x) < len(weight):  # the first of the stack alone
+        if 2 * len(x) == len(weight):  # the first of twins alone
             weight, bias = weight[: len(x)], bias[: len(x)]
         if weight.shape[2] == 1 and x.is_cpu:  # faster there
             return (x * weight.mT).sum(2, keepdim=True) + bias
@@ -59,8 +59,10 @@ class Stack(nn.Sequential):
         biases = zip(*(layer.bias for layer in layers), strict=True)
         inputs = x if x.dim() == 3 else [each for part in x for each in part]  # copies nothing
         outputs = []
-        layers_of_each = list(zip(weights, biases, strict=True))[: len(inputs)]
-        for h, ((*hidden, last), (*shifts, shift)) in zip(inputs, layers_of_each, strict=True):
+        networks = list(zip(weights, biases, strict=True))
+        if 2 * len(inputs) == len(networks):  # as `Linear`
+            networks = networks[: len(inputs)]
+        for h, ((*hidden, last), (*shifts, shift)) in zip(inputs, networks, strict=True):
             for weight, bias in zip(hidden, shifts, strict=True):
                 h = torch.mm(h, weight).add_(bias).relu_()
             if last.shape[1] == 1:
@@ -264,11 +266,15 @@ class Learner(nn.Module):
     """What a run needs of an algorithm; a script's learner also has
 
     - `update(batch) -> losses (G,)`, without `.item()` and tensors on the host: one CUDA graph,
-    - `act(obs)` and `explore(obs)`: (G, E, obs_dim) -> (G, E, action_dim) in [-1, 1],
-    - `q_value(obs, actions)` and `value(obs)`: (G, batch), for OTC's value distance,
+    - `act(obs)` and, if it is tuned online, `explore(obs)`: (G, E, obs_dim) -> (G, E, action_dim)
+      in [-1, 1],
+    - `q_value(obs, actions)` and `value(obs)`: (G, batch), for OTC's value distance; the latter is
+      also logged,
     - `optimizers`, a list, and,
     - where updates are of several kinds, such as those of a delayed actor, `kind(number, offline)`,
-      which is handed to the update as its argument.
+      which is handed to the update as its argument; with a memory, `begin_episodes(begins)` (G, E).
+
+    `main` calls `measure_scales` before `Training.begin` if `scaled` is to scale.
     """
 
     own = None  # of the actions' entries

@@ -86,7 +86,7 @@ class Run:
     Args:
         args: the script's arguments.
         script: its name.
-        checkpoint: what `read_checkpoint` returned for --resume, else None.
+        checkpoint: what `read_resumed` returned for --resume, else None.
         data_return: mean return of the data's episodes, for the record.
         num_agents: of a team, in the groups of what is logged.
         references: an own task's returns of score 0 and 100.

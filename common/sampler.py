@@ -1,8 +1,8 @@
-"""Which transitions an update sees: the OTC sampler and what its strategies are compared with.
+"""Which transitions an update sees: the OTC sampler, equations (1) to (4).
 
 Everything is batched over a leading group dimension G (agents times seeds), works on CPU and CUDA,
 and never waits for the host, so that a whole update can be captured in one CUDA graph. Random
-numbers come from torch's default generator of the device, or where there is one from `generator`.
+numbers come from torch's default generator of the device, or of a draw from its `generator`.
 
 Source: Jiang and Lu, "Online Tuning for Offline Decentralized Multi-Agent Reinforcement Learning",
 AAAI 2023; equation and line numbers are that paper's.

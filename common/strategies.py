@@ -111,6 +111,8 @@ class Balanced(Strategy):
     """Balanced Replay: in proportion to the density ratio, which takes one update per draw and is
     begun anew at each deployment."""
 
+    BATCH_SIZE, TEMPERATURE = 256, 5.0  # of the ratio, as in its code
+
     def __init__(self, replay: Replay, args):
         super().__init__(replay, args)
         G, device = replay.num_groups, replay.device
@@ -130,17 +132,19 @@ class Balanced(Strategy):
         self.priorities.fill(num_offline, num_offline + num_online, num_offline / num_online)
         return {}
 
-    def draw(self, agent, batch_size: int = 256, temperature: float = 5.0):
+    def draw(self, agent):
         replay, columns = self.replay, ("obs", "actions")
-        offline = replay.gather(replay.draw_offline(batch_size), columns)
-        online = replay.gather(replay.draw_online(batch_size), columns)
+        offline = replay.gather(replay.draw_offline(self.BATCH_SIZE), columns)
+        online = replay.gather(replay.draw_online(self.BATCH_SIZE), columns)
         step(self.optimizer, self.density.loss(offline, online))
         index = self.priorities.draw(self.args.batch_size)
         batch = replay.gather(index, columns)
         with torch.no_grad():  # refreshed where drawn
-            usual = self.density(offline["obs"], offline["actions"]).pow(1 / temperature).mean(1)
-            ratio = self.density(batch["obs"], batch["actions"]).pow(1 / temperature)
-            priority = ratio / (usual.unsqueeze(1) + 1e-10)
+            ratio, usual = (
+                self.density(x["obs"], x["actions"]).pow(1 / self.TEMPERATURE)
+                for x in (batch, offline)
+            )
+            priority = ratio / (usual.mean(1, keepdim=True) + 1e-10)
             self.priorities.update(index, priority.clamp(1e-3, 1e3))
         return index
 
@@ -175,20 +179,22 @@ def make(replay: Replay, args, otc: type[Strategy]) -> Strategy:
 def strategy_name(args: dict) -> str:
     """How a run's updates draw their transitions, from its arguments: otc-value, otc-embedding, or
     another --sampling, with what of it differs from the defaults but the first of adaptive alphas;
-    pi0 where nothing is deployed."""
+    pi0 where nothing is deployed. A changed script may lack arguments."""
     if not args.get("deployments"):
         return "pi0"
-    if args["sampling"] != "otc":
-        share = args.get("online_share") if args["sampling"] == "mixed" else None
-        parts = [args["sampling"] + ("" if share is None else f"{share:g}")]
+    sampling = args.get("sampling", "otc")
+    if sampling != "otc":
+        share = args.get("online_share") if sampling == "mixed" else None
+        parts = [sampling + ("" if share is None else f"{share:g}")]
     else:
-        parts = ["otc", args["distance"]]
-        is_over_all = args["distance"] == "value" and args.get("value_mean") == "references"
+        distance = args.get("distance")
+        parts = ["otc"] + ([] if distance is None else [distance])
+        is_over_all = distance == "value" and args.get("value_mean") == "references"
         parts += ["over-references"] if is_over_all else []
-        parts += [] if args["adaptive_alpha"] else [f"alpha{args['alpha']:g}"]
-        parts += [] if args["alpha_max"] is None else [f"max{args['alpha_max']:g}"]
-        parts += ["no-self-matches"] if args["exclude_self_matches"] else []
-        parts += [] if args["replacement"] else ["no-replacement"]
+        parts += [] if args.get("adaptive_alpha", True) else [f"alpha{args['alpha']:g}"]
+        parts += [] if args.get("alpha_max") is None else [f"max{args['alpha_max']:g}"]
+        parts += ["no-self-matches"] if args.get("exclude_self_matches") else []
+        parts += [] if args.get("replacement", True) else ["no-replacement"]
     return "-".join(parts + (["exploring"] if args.get("exploration", "none") != "none" else []))
 
 

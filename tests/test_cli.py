@@ -11,7 +11,7 @@ import typing
 
 import pytest
 
-from common import InputError, cli
+from common import InputError, cli, strategies
 from tests.helpers import WITH_OTC, every_script
 
 
@@ -133,3 +133,14 @@ def test_a_float_that_is_given_as_an_int_has_a_floats_range():
     cli.check_ranges(Args(alpha=0))
     with pytest.raises(InputError, match="--candidates is 0; it must be at least 1"):
         cli.check_ranges(Args(candidates=0))
+
+
+@dataclasses.dataclass
+class Changed(cli.OnlineArgs):
+    """Of a copied script whose OTC has kept none of its own arguments."""
+
+
+def test_a_changed_script_may_lack_arguments_of_otc():
+    args = cli.parse(Changed, [])
+    assert cli.deployment_steps(args, 2000) == 20
+    assert strategies.strategy_name(dataclasses.asdict(args)) == "otc"

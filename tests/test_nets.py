@@ -73,6 +73,12 @@ def test_twins_are_two_critics_from_starts_of_their_own(rows):
     assert first.abs().max() > 0 and (second == 0).all()
 
 
+@pytest.mark.parametrize("rows", [5, 4000])
+def test_a_stack_of_another_number_of_networks_is_refused(rows):
+    with torch.no_grad(), pytest.raises((RuntimeError, ValueError)):
+        mlp(6, 4, 64, 2)(torch.randn(2, rows, 4))
+
+
 class _Holder:
     def __init__(self, qf):
         self.qf = qf
