@@ -100,6 +100,16 @@ def test_the_page_is_what_the_tool_says(folder, capsys, monkeypatch, tmp_path):
     assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
+def test_the_page_has_the_tables_with_the_papers_updates(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs/table1.md").read_text()
+    section = page[page.index("## With the paper's 4,000 updates") :]
+    raw = table1.read(ROOT / "docs/results/otc_bcq/table1_4000")
+    for task, curves in raw.returns.items():
+        table1.of_data_set(curves)
+        assert capsys.readouterr().out in section, task
+
+
 def table_rows(text: str) -> list[list[str]]:
     """The cells of every table's line; without emphasis, links as their text."""
     lines = (line for line in text.splitlines() if line.startswith("|"))
