@@ -108,6 +108,15 @@ def test_the_page_has_the_tables_with_the_papers_updates(capsys, monkeypatch):
     for task, curves in raw.returns.items():
         table1.of_data_set(curves)
         assert capsys.readouterr().out in section, task
+    fewer = table1.read(ROOT / "docs/results/otc_bcq/table1")
+    task = "halfcheetah-medium"
+    names = {name: strategy for strategy, name in table1.STRATEGIES.items()}
+    paper = dict(zip(table1.PER_PAGE, table1.PAPER[task], strict=True))
+    _, _, *lines = table_rows(section[: section.index("###")])
+    assert {names[name] for name, *_ in lines} == set(raw.returns[task])
+    for name, *cells in lines:
+        its = (table1.improvement(x.returns[task][names[name]]) for x in (fewer, raw))
+        assert cells == [*(table1.interval(x, 1) for x in its), paper.get(names[name], "")]
 
 
 def table_rows(text: str) -> list[list[str]]:
