@@ -222,7 +222,7 @@ def test_a_figure_divides_by_the_uniform_draw_of_the_same_run(tmp_path, monkeypa
     ]
     lines = []
     monkeypatch.setattr(Figure, "savefig", lambda its, *_, **__: lines.extend(its.axes[0].lines))
-    correction.draw_figure(rows, "figure.png")
+    correction.draw_figure(rows, str(tmp_path / "figure.png"))
     found = [line.get_xdata() for line in lines if line.get_marker() == "."]
     np.testing.assert_allclose(found, [[1.0, 1.0], [0.5, 0.5]])
 

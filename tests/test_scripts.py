@@ -4,6 +4,7 @@ import contextlib
 import csv
 import dataclasses
 import importlib
+import json
 import os
 import shutil
 import signal
@@ -263,11 +264,13 @@ LIVES = [
     ("update", 54),  # from 60: in the second deployment's fine-tuning
     ("step", 10),  # from the second deployment: the last evaluation
 ]
+# The others' loops are otc_bcq's; that their learners keep all they need, test_learners.py sees.
+OWN_PATHS = ["otc_bcq", "otc_bremen"]
 
 
 @pytest.mark.parametrize(
     ("script", "strategy"),
-    [(script, "") for script in WITH_OTC]
+    [pytest.param(s, "", marks=() if s in OWN_PATHS else pytest.mark.slow) for s in WITH_OTC]
     + [("otc_bcq", "--sampling balanced"), ("otc_bcq", "--distance embedding --alpha-max 2")],
 )
 def test_a_run_that_dies_again_and_again_ends_where_the_unbroken_one_does(
@@ -378,6 +381,7 @@ def start_process(script, *argv):
     return subprocess.Popen(command, env=environment, **pipes)
 
 
+@pytest.mark.slow
 def test_resume_after_a_kill_ends_where_the_unbroken_run_does(tmp_path, data):
     """A process of its own, killed some time after its first checkpoint; all that it saves at the
     end is bit for bit the same."""
@@ -455,20 +459,39 @@ def test_ctrl_c_while_the_data_is_made_is_no_traceback(monkeypatch, capsys):
     assert exit.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
-@every_script
-def test_one_script_and_common_copied_into_an_empty_folder_run(tmp_path, data, script):
-    shutil.copy(ROOT / f"{script}.py", tmp_path)
+# Each is alone in the folder while it runs. One process for all: most of its time is imports.
+ONE_AFTER_ANOTHER = """
+import json, pathlib, runpy, shutil, sys
+for script, *argv in json.load(sys.stdin):
+    copy = shutil.copy(script, ".")
+    sys.argv = [copy, *argv]
+    print("began", copy, flush=True)
+    runpy.run_path(copy, run_name="__main__")
+    print("ended", copy, flush=True)
+    pathlib.Path(copy).unlink()
+"""
+
+
+def test_one_script_and_common_copied_into_an_empty_folder_run(tmp_path, data):
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "common", tmp_path / "common", ignore=ignore)
     (tmp_path / "tests").mkdir()
     shutil.copy(ROOT / "tests" / "tiny_task.py", tmp_path / "tests")
-    task = for_learner(script, ["--env", ENV, "--dataset", data])
-    command = [sys.executable, f"{script}.py", *task, *tiny(script)]
+    task = {script: for_learner(script, ["--env", ENV, "--dataset", data]) for script in SCRIPTS}
+    jobs = [[str(ROOT / f"{script}.py"), *task[script], *tiny(script)] for script in SCRIPTS]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", ONE_AFTER_ANOTHER],
+        input=json.dumps(jobs),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
-    assert result.returncode == 0 and "score" in result.stdout, result.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
+    for script in SCRIPTS:
+        said = result.stdout.split(f"began ./{script}.py")[1].split(f"ended ./{script}.py")[0]
+        assert "score" in said, script
 
 
 @every_script
@@ -686,7 +709,8 @@ def test_a_copied_or_renamed_run_is_itself(tmp_path, monkeypatch, data, fails):
 @every_script
 def test_a_run_of_one_script_is_refused_by_others(tmp_path, monkeypatch, data, fails, script):
     common = ["--env", ENV, "--dataset", data]
-    run(monkeypatch, script, *common, *tiny(script), "--run-dir", tmp_path / "a")
+    short = ["--deployments", 0] if script in WITH_OTC else []
+    run(monkeypatch, script, *common, *tiny(script), *short, "--run-dir", tmp_path / "a")
     folder = only(tmp_path / "a")
     before = {f: f.read_bytes() for f in folder.iterdir()}
     for other in sorted(set(SCRIPTS) - {script})[:3] + ["otc_bcq"] * (script != "otc_bcq"):
