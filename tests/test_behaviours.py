@@ -1,8 +1,8 @@
 """The built-in datasets: layout, episodes, any number of processes, nothing left half-made."""
 
 import csv
-import importlib
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -394,9 +394,15 @@ def test_a_training_has_a_folder_of_its_own(tmp_path, monkeypatch):
         ("select_teams", "--task simple-spread --snapshots nope"),
     ],
 )
-def test_tools_refuse_in_one_line(tool, argv, tmp_path, monkeypatch, refusal):
+def test_tools_refuse_in_one_line(tool, argv, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert refusal(importlib.import_module(f"behaviours.{tool}"), *argv.split()).count("\n") == 1
+    monkeypatch.setattr(sys, "argv", [tool, *argv.split()])
+    monkeypatch.delitem(sys.modules, f"behaviours.{tool}", raising=False)
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module(f"behaviours.{tool}", run_name="__main__", alter_sys=True)
+    assert exit.value.code == 2 and not list(tmp_path.iterdir())
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("task", ["halfcheetah", "hopper", "walker2d"])

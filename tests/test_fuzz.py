@@ -1,5 +1,5 @@
-"""The fuzz of `tests.fuzz`: half a minute here, its long form behind `slow`. In processes of
-their own, since a damaged file may end one."""
+"""The fuzz of `tests.fuzz`: a minute here, its long form behind `slow`. In processes of their own,
+since a damaged file may end one."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from tests.helpers import SCRIPTS, assert_same, for_learner, only, scalars, stat
 from tests.tiny_task import ENV
 
 ROOT = Path(__file__).parent.parent
-QUICK = {"files": 100, "checkpoints": 40, "flags": 12}
+QUICK = {"files": 150, "checkpoints": 60, "flags": 24}
 LONG = {"files": 1000, "checkpoints": 300, "flags": 1000}
 
 

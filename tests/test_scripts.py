@@ -487,6 +487,7 @@ def test_one_script_and_common_copied_into_an_empty_folder_run(tmp_path, data):
         env=environment,
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     for script in SCRIPTS:

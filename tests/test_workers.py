@@ -137,7 +137,7 @@ def test_what_a_task_gave_there_is_said(monkeypatch, capfd):
 
 def test_more_seeds_than_a_pipe_holds():
     vec, found = make_vec(ENV, 2, 0, None, 1), []
-    seeds = [2 ** (8 * 50_000)] * 2  # a pipe holds 65,536 bytes
+    seeds = [2 ** (8 * 100_000)] * 2  # the worker's alone is more than the 65,536 bytes of a pipe
     thread = threading.Thread(target=lambda: found.append(vec.restart(seeds)), daemon=True)
     thread.start()
     thread.join(60)
